@@ -11,13 +11,12 @@ import json
 import os
 import re
 import socket
-import time
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
-from tests.harness.waiting import receive_more
+from tests.harness.waiting import receive_more, wait_until
 
 USER, OTHER, PROXY, NOBODY = 45_678, 45_679, 45_680, 45_681
 """Uids that belong to nobody on the machine."""
@@ -165,10 +164,7 @@ class PolicyDaemon(LiveDaemon):
         self.write_policy(text)
         generation = self.status()["policy"]["generation"]
         os.kill(self.pid, 1)
-        deadline = time.monotonic() + WAIT_S
-        while self.status()["policy"]["generation"] == generation:
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.005)
+        wait_until(lambda: self.status()["policy"]["generation"] != generation)
 
     def status(self) -> Any:
         """As root reads it, which has to be granted `monitor`."""

@@ -1,5 +1,6 @@
 """How a test waits for something that another process or thread does."""
 
+import asyncio
 import contextlib
 import socket
 import time
@@ -16,6 +17,13 @@ def wait_until(holds: Callable[[], object], *, seconds: float = WAIT_S_MAX) -> N
     while not holds():
         assert time.monotonic() < end, f"not true within {seconds} s"
         time.sleep(0.02)
+
+
+async def until(holds: Callable[[], object], *, seconds: float = WAIT_S_MAX) -> None:
+    """The same in an event loop; TimeoutError if it is not within that time."""
+    async with asyncio.timeout(seconds):
+        while not holds():
+            await asyncio.sleep(0.01)
 
 
 def listens(address: Path | int) -> bool:

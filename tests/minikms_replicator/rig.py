@@ -56,9 +56,3 @@ async def replicating(
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
-
-
-async def until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    async with asyncio.timeout(seconds):
-        while not holds():
-            await asyncio.sleep(0.01)

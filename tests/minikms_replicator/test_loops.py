@@ -11,9 +11,10 @@ import pytest
 from minikms.api import MemberReport
 from minikms.processes.postgresql import NodeConnection
 from minikms_replicator import deciding, following, process, serving, tables
+from tests.harness.waiting import until
 from tests.minikms_replicator import fake_member
 from tests.minikms_replicator.fake_member import Member, content, key_id
-from tests.minikms_replicator.rig import fresh, replicating, until
+from tests.minikms_replicator.rig import fresh, replicating
 
 LEASE_NS = 10**9
 

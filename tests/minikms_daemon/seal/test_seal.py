@@ -25,6 +25,7 @@ from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.scripts import verify_audit
 from tests.harness.unix_http import unix_request
+from tests.harness.waiting import wait_until
 from tests.minikms.custody.rotation.crash_points import HELD, HELD_AFTER, Daemon, Injection, Point
 from tests.minikms_daemon.server import foreign
 from tests.minikms_daemon.service.asking import NO_KEY, ask, post
@@ -37,13 +38,6 @@ def sealable(public: Path) -> Iterator[LiveDaemon]:
     with LiveDaemon(public) as daemon:
         yield daemon
         assert "internal error" not in daemon.log.read_text()
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_SECONDS_MAX
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def unseal_with(daemon: LiveDaemon, root: str) -> Any:

@@ -8,7 +8,6 @@ import select
 import signal
 import socket
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from tests import needs
 from tests.harness import forked
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, Caller, PolicyDaemon
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 from tests.minikms_daemon.service.asking import b64
 
-WAIT_S = 60.0
 NAME = "spiffe://prod/chat/one"
 
 
@@ -45,13 +44,6 @@ PROXIED = f'[[proxy]]\nprincipals = ["uid:{PROXY}"]\non_behalf_of = ["spiffe://p
 def daemon() -> Iterator[PolicyDaemon]:
     with tempfile.TemporaryDirectory(prefix="minikms-test-") as name, PolicyDaemon(Path(name), ROOT_GRANT) as running:
         yield running
-
-
-def wait_for(daemon: PolicyDaemon, holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not holds():
-        assert time.monotonic() < deadline, daemon.log.read_text()
-        time.sleep(0.01)
 
 
 def reloads(daemon: PolicyDaemon, actor: str) -> list[dict[str, Any]]:
@@ -161,8 +153,8 @@ def test_a_reload_is_audited_and_shown(daemon: PolicyDaemon) -> None:
     assert reloads(daemon, "peer_uid:0")[-1]["facts"] == {"policy_generation": before + 1, "policy_sha256": digest}
     assert daemon.metric("minikms_policy_generation") == before + 1
     os.kill(daemon.pid, signal.SIGHUP)
-    wait_for(daemon, lambda: daemon.status()["policy"]["generation"] == before + 2)
-    wait_for(daemon, lambda: audited_generation(daemon) == before + 2)
+    wait_until(lambda: daemon.status()["policy"]["generation"] == before + 2)
+    wait_until(lambda: audited_generation(daemon) == before + 2)
     assert daemon.events("policy_reload")[-1]["detail"] == "SIGHUP"
 
 
@@ -221,9 +213,7 @@ def test_a_file_that_is_not_valid_leaves_the_policy_with_an_alarm(daemon: Policy
         assert (line["outcome"], line["facts"]["policy_sha256"]) == ("invalid_policy", before["sha256"])
         assert "policy not reloaded" in daemon.log.read_text()
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_for(
-            daemon, lambda: "invalid_policy" in [line["outcome"] for line in reloads(daemon, "minikms")[by_signal:]]
-        )
+        wait_until(lambda: "invalid_policy" in [line["outcome"] for line in reloads(daemon, "minikms")[by_signal:]])
         assert daemon.caller(USER).post("/create_dek_for_thread", {"thread_id": "mine-1"}).status == 200
     finally:
         daemon.policy.unlink(missing_ok=True)
@@ -241,7 +231,7 @@ def test_a_limited_monitor_does_not_see_what_the_file_says(daemon: PolicyDaemon)
     user, root = daemon.caller(USER), daemon.caller()
     daemon.write_policy(ROOT_GRANT + monitor + grant("spiffe://prod/pay*/secret*team", roles='["encrypts"]'))
     os.kill(daemon.pid, signal.SIGHUP)
-    wait_for(daemon, lambda: bool(daemon.status()["policy"]["last_error"]))
+    wait_until(lambda: bool(daemon.status()["policy"]["last_error"]))
     for path in ("/status", "/seal"):
         if path == "/seal":
             assert root.post(path, {}).status == 200
@@ -256,20 +246,20 @@ def test_a_limited_monitor_does_not_see_what_the_file_says(daemon: PolicyDaemon)
 def test_policies_are_taken_while_the_audit_log_cannot_be_written(daemon: PolicyDaemon) -> None:
     daemon.use_policy(ROOT_GRANT)
     before, lines = daemon.status()["policy"]["generation"], len(daemon.events("policy_reload"))
-    wait_for(daemon, lambda: audited_generation(daemon) == before)
+    wait_until(lambda: audited_generation(daemon) == before)
     unlimited = resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE)
     size = (daemon.data_dir / "minikms-audit.log").stat().st_size
     resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
     try:
         root = daemon.caller()
-        wait_for(daemon, lambda: root.get("/status").body.get("status") == "audit_unavailable")
+        wait_until(lambda: root.get("/status").body.get("status") == "audit_unavailable")
         daemon.write_policy("[[grant")
         os.kill(daemon.pid, signal.SIGHUP)
-        wait_for(daemon, lambda: bool(daemon.status()["policy"]["last_error"]))
+        wait_until(lambda: bool(daemon.status()["policy"]["last_error"]))
         daemon.use_policy(ROOT_GRANT + grant(f"uid:{USER}"))
     finally:
         resource.prlimit(daemon.pid, resource.RLIMIT_FSIZE, unlimited)
-    wait_for(daemon, lambda: audited_generation(daemon) == before + 1)
+    wait_until(lambda: audited_generation(daemon) == before + 1)
     found = daemon.events("policy_reload")[lines:]
     assert [line["outcome"] for line in found[-2:]] == ["invalid_policy", "ok"]
 
@@ -300,24 +290,24 @@ def test_a_sealed_daemon_obeys_a_new_policy_and_audits_it_at_the_unseal(daemon: 
     generation = root.get("/status").body["policy"]["generation"]
     daemon.write_policy(ROOT_GRANT)
     os.kill(daemon.pid, signal.SIGHUP)
-    wait_for(daemon, lambda: root.get("/status").body["policy"]["generation"] == generation + 1)
+    wait_until(lambda: root.get("/status").body["policy"]["generation"] == generation + 1)
     assert is_turned_away(user) and is_turned_away(proxy)
     assert root.post("/unseal", {"from_source": True}).status == 200
-    wait_for(daemon, lambda: audited_generation(daemon) == generation + 1)
+    wait_until(lambda: audited_generation(daemon) == generation + 1)
     assert daemon.events("policy_reload")[-1]["detail"] == "SIGHUP"
 
 
 def test_reloads_of_a_sealed_daemon_are_few_lines_with_their_count(daemon: PolicyDaemon) -> None:
     daemon.use_policy(ROOT_GRANT)
     before = daemon.status()["policy"]["generation"]
-    wait_for(daemon, lambda: audited_generation(daemon) == before)
+    wait_until(lambda: audited_generation(daemon) == before)
     lines = len(daemon.events("policy_reload"))
     root = daemon.caller()
     assert root.post("/seal", {}).status == 200
     for _ in range(OWED_LINES_MAX + 6):
         daemon.use_policy(ROOT_GRANT)
     assert root.post("/unseal", {"from_source": True}).status == 200
-    wait_for(daemon, lambda: len(daemon.events("policy_reload")) == lines + OWED_LINES_MAX)
+    wait_until(lambda: len(daemon.events("policy_reload")) == lines + OWED_LINES_MAX)
     found = daemon.events("policy_reload")[lines:]
     assert sum(line.get("count", 1) for line in found) == OWED_LINES_MAX + 6
     assert found[-1]["facts"]["policy_generation"] == before + OWED_LINES_MAX + 6

@@ -16,8 +16,7 @@ from minikms.platform.logs import Log
 from minikms_daemon import serve
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import opened_vault
-
-WAIT_S_MAX = 60.0
+from tests.harness.waiting import wait_until
 
 
 def test_old_temporary_files_of_the_archive_register_are_swept(public: Path) -> None:
@@ -34,7 +33,7 @@ def test_old_temporary_files_of_the_archive_register_are_swept(public: Path) -> 
         past_ns = time.time_ns() - TEMP_AGE_NS_MIN
         os.utime(old, ns=(past_ns, past_ns))
         daemon.start()
-        wait_until_absent(old)
+        wait_until(lambda: not old.exists())
         assert sorted(archives.iterdir()) == sorted([young, entry])
 
 
@@ -51,15 +50,8 @@ def test_a_start_removes_the_temporary_files_of_a_killed_daemon(public: Path) ->
         for path in (*left, *other):
             path.write_text("left")
         daemon.start()
-        wait_until_absent(*left)
+        wait_until(lambda: not any(path.exists() for path in left))
         assert all(path.exists() for path in other)
-
-
-def wait_until_absent(*paths: Path) -> None:
-    deadline = time.monotonic() + WAIT_S_MAX
-    while any(path.exists() for path in paths):
-        assert time.monotonic() < deadline, paths
-        time.sleep(0.02)
 
 
 async def test_what_a_sweep_could_not_remove_goes_with_a_later_one(

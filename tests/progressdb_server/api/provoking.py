@@ -23,6 +23,7 @@ from urllib.parse import urlencode
 from progressdb_server.api.gate.limits import NAMED_MEMBERS_COUNT_MAX
 from progressdb_server.conversations.membership import MEMBERS_COUNT_MAX
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 from tests.progressdb_server.api import fault_words
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND
 from tests.progressdb_server.api.real_server import RealServer, Reply
@@ -107,12 +108,6 @@ class World:
     def name(self) -> str:
         return f"n{next(self._names)}"
 
-    def until(self, wanted: Callable[[], bool], seconds: float = 120.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not wanted():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
     # --- what there is --------------------------------------------------------------------------------------------
     def thread(self, messages: int = 1) -> str:
         made = self(Ask("POST", "/v1/threads?author=alice", {"title": "T"}))
@@ -140,7 +135,7 @@ class World:
 
     def until_another_waits(self) -> None:
         """Returns when the server has a request of another thread too."""
-        self.until(lambda: b"requests_in_flight 2.0" in self(Ask("GET", "/metrics")).body)
+        wait_until(lambda: b"requests_in_flight 2.0" in self(Ask("GET", "/metrics")).body)
 
     def order(self, job: str, order: str) -> Reply:
         return self(Ask("POST", f"/admin/jobs/{job}/{order}"))
@@ -395,7 +390,7 @@ def with_fault(word: str, **changed: Any) -> Callable[[World, str], Reply]:
         ask = world.good(operation)._replace(**changed)
         with world.fault(word):
             reply = world(ask)
-        world.until(world.well)
+        wait_until(world.well)
         return reply
 
     return asked
@@ -419,7 +414,7 @@ def not_ready(world: World, operation: str) -> Reply:
     ask = world.good(operation)
     with world.fault(fault_words.DISK):
         reply = _asked_until_refused(world, ask, 503)
-    world.until(world.well)
+    wait_until(world.well)
     return reply
 
 
@@ -430,7 +425,7 @@ def _asked_until_refused(world: World, ask: Ask, status: int) -> Reply:
         replies.append(world(ask))
         return replies[-1].status == status
 
-    world.until(refused)
+    wait_until(refused)
     return replies[-1]
 
 
@@ -446,7 +441,7 @@ def backup_meanwhile(world: World, operation: str) -> Reply:
     with ThreadPoolExecutor(1) as other:
         with world.fault(fault_words.STUCK):
             first = other.submit(world, one)
-            world.until(lambda: one.body["name"] in str(world(Ask("GET", "/admin/store_backups")).body))
+            wait_until(lambda: one.body["name"] in str(world(Ask("GET", "/admin/store_backups")).body))
             reply = world(two)
         assert first.result().status == 200
     return reply
@@ -472,7 +467,7 @@ def while_restoring(world: World, operation: str) -> Reply:
     with ThreadPoolExecutor(1) as other:
         with world.fault(fault_words.STUCK):
             restoring = other.submit(world.order, job, "restore")
-            world.until(lambda: bool(world.job(job)["restored_ns"]))
+            wait_until(lambda: bool(world.job(job)["restored_ns"]))
             reply = world(Ask("POST", operation.split(" ", 1)[1], {key: value}))
         assert restoring.result().status == 200
     return reply
@@ -519,9 +514,9 @@ def of_destroyed_key(world: World, operation: str) -> Reply:
         shutil.rmtree(known["path"], ignore_errors=True)  # any of them would keep the key
         world(Ask("DELETE", f"/admin/store_backups/{known['name']}"))
     job = world.ended(world.begun(world.thread(), records_per_second=0, destroy_old_after="1s"))
-    world.until(lambda: bool(world.job(job)["destroyed_ns"]))
+    wait_until(lambda: bool(world.job(job)["destroyed_ns"]))
     # The destruction, which ends a moment later, still has the thread.
-    world.until(lambda: b"a job on this thread" not in world.order(job, "restore").body)
+    wait_until(lambda: b"a job on this thread" not in world.order(job, "restore").body)
     return world.order(job, "restore")
 
 

@@ -24,6 +24,7 @@ from progressdb_server.store.model import BackupOfDatabaseError, ThreadKeyDestro
 from tests.harness import documented
 from tests.harness.documented import Pair
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 from tests.progressdb_server.api import fault_words, provoking
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND
 from tests.progressdb_server.api.provoking import LAUNCHER, NO_JOB, Ask, World
@@ -184,7 +185,7 @@ class Living:
             for order in ("pause", "cancel"):
                 self.together[f"POST /admin/jobs/{{job}}/{order}", SWITCHING] = world.order(job, order)
         world.kms.start()
-        world.until(world.well)
+        wait_until(world.well)
         world.ended(job)
 
     def seal_the_key_service(self) -> None:
@@ -197,7 +198,7 @@ class Living:
             for operation, ask in asks.items():
                 self.together[operation, SEALED] = world(ask)
             kms.unseal()
-        world.until(world.well)
+        wait_until(world.well)
 
 
 @contextlib.contextmanager
@@ -313,12 +314,12 @@ def test_the_metrics_are_there_while_the_disk_fails_under_a_job_at_work(living: 
     world, unread = living.world, b"\nprogressdb_store_backup_timestamp_seconds NaN\n"
     with world.slow_job():
         with world.fault(fault_words.DISK):
-            world.until(lambda: unread in world(Ask("GET", "/metrics")).body)
+            wait_until(lambda: unread in world(Ask("GET", "/metrics")).body)
             reply = world(Ask("GET", "/metrics"))
-        world.until(world.well)
+        wait_until(world.well)
     assert reply.status == 200, reply.body
     assert b"progressdb_store_failures_total" in reply.body
-    world.until(lambda: unread not in world(Ask("GET", "/metrics")).body)
+    wait_until(lambda: unread not in world(Ask("GET", "/metrics")).body)
     assert b"\nprogressdb_jobs_records_left " in reply.body and b"\nprogressdb_jobs_records_left NaN" not in reply.body
 
 

@@ -20,18 +20,12 @@ from progressdb_server.kms import supervisor as supervisor_module
 from progressdb_server.kms.supervisor import Supervisor, SupervisorError
 from tests.harness.logged import capture_logs
 from tests.harness.unix_http import UnixConnection
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import until, wait_until
 from tests.progressdb_server.kms.conftest import Place
 
 WAIT_S = 60.0
 Alive = Callable[[int], bool]
 Run = Callable[[Coroutine[Any, Any, int]], int]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(WAIT_S):
-        while not condition():
-            await asyncio.sleep(0.02)
 
 
 def another_child(supervisor: Supervisor, pid: int) -> bool:
