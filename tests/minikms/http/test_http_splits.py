@@ -39,22 +39,6 @@ async def _all_bytes(running: Running, *parts: bytes) -> bytes:
     return undated(data)
 
 
-@pytest.mark.parametrize("name", CORPUS)
-async def test_the_answer_does_not_depend_on_where_the_bytes_are_split(name: str) -> None:
-    """Every request of the corpus, split at every offset, gets the same bytes as when it arrives whole."""
-    data = CORPUS[name]
-
-    async with serving() as running:
-        whole = await _all_bytes(running, data)
-        assert whole.startswith(b"HTTP/1.1 ")
-        seen = running.app.seen[:]
-        for offset in range(1, len(data)):
-            running.app.seen.clear()
-            assert await _all_bytes(running, data[:offset], data[offset:]) == whole, f"split at {offset}"
-            assert running.app.seen == seen
-        assert running.internal_errors == []
-
-
 @pytest.mark.parametrize("framing", ["length", "chunked"])
 async def test_a_body_that_looks_like_a_cached_request_stays_a_body(framing: str) -> None:
     """First the head, then a body whose bytes are a complete request with a cached head: it is never started."""

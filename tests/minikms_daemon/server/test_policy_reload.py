@@ -176,14 +176,7 @@ def to_link(daemon: PolicyDaemon) -> None:
 
 BROKEN: dict[str, Callable[[PolicyDaemon], object]] = {
     "not TOML": lambda daemon: daemon.write_policy("[[grant"),
-    "an unknown role": lambda daemon: daemon.write_policy(grant("uid:1", roles='["encrypts"]')),
-    "an unknown member": lambda daemon: daemon.write_policy(ROOT_GRANT + "limit = {}\n"),
-    "no version": lambda daemon: daemon.policy.write_text(ROOT_GRANT),
-    "another version": lambda daemon: daemon.policy.write_text("version = 2\n"),
     "too large": lambda daemon: daemon.write_policy(ROOT_GRANT + "#" * POLICY_BYTES_MAX),
-    "a proxy that is the service": lambda daemon: daemon.write_policy(PROXIED.replace(str(PROXY), "0")),
-    "a granted proxy": lambda daemon: daemon.write_policy(PROXIED + grant(f"uid:{PROXY}")),
-    "not UTF-8": lambda daemon: daemon.policy.write_bytes(b"version = 1\n#\xff"),
     "gone": lambda daemon: daemon.policy.unlink(),
     "of another owner": lambda daemon: make_foreign(daemon.policy),
     "written by all": lambda daemon: daemon.policy.chmod(0o666),
