@@ -229,13 +229,14 @@ class Prepared:
 
 
 def wait_until_settled(client: minikms.Client) -> None:
-    """Returns when no rotation runs and the audit log takes lines. After a fault requests get 503 for a moment."""
+    """Returns when no rotation runs, every key file is read, and the audit log takes lines. After a fault requests get
+    503 for a moment."""
     deadline = time.monotonic() + DEADLINE_SECONDS
     found: object = None
     while time.monotonic() < deadline:
         try:
             found = client.status()
-            if found.rotation is None and found.status == "ok":
+            if found.rotation is None and found.status == "ok" and not found.keys.indexing:
                 return
         except KmsError as error:
             found = error

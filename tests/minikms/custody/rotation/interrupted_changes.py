@@ -58,8 +58,9 @@ class InterruptedChange:
         self._added = self._removed = False
         try:
             assert daemon.start(), daemon.log()
-            if self._change == "remove a root key":
-                with daemon.client() as client:
+            with daemon.client() as client:
+                wait_until_settled(client)  # else the system calls of the start would be counted too
+                if self._change == "remove a root key":
                     client.add_root(self._new, provider="file")
             injection = Injection(daemon, point, action)
             made = self._perform(daemon)
