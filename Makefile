@@ -27,12 +27,14 @@ DIST ?= dist
 SITE ?= site
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test venv frameworks lint bench torture vm cluster image image-base dist site
+.PHONY: help run test quick durations budgets venv frameworks lint bench torture vm cluster image image-base dist site
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make run      install into $(VENV) and take the guided tour (examples/tour.py)'
 	@echo 'make test     run the tests'
+	@echo 'make quick    the tests that take no time, for each commit'
+	@echo 'make durations  run the tests and write how long each took: tests/durations.txt'
 	@echo 'make venv     make $(VENV)/bin/minikms and $(VENV)/bin/progressdb'
 	@echo 'make frameworks  also install what the adapters and the manifests are tested with'
 	@echo 'make lint     style, types, and import rules between packages'
@@ -48,7 +50,19 @@ run: venv
 	$(VENV)/bin/python examples/tour.py $(ARGS)
 
 test: venv
-	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadscope $(ARGS)
+
+# A part of the project in this process alone: workers take longer to begin than such a part.
+quick: venv
+	$(VENV)/bin/python -m pytest -n $(if $(ARGS),0,3) --dist loadscope --quick $(ARGS)
+
+# Lowers the numbers of tests/tidy/budgets.toml to what is there.
+budgets: venv
+	$(VENV)/bin/python -m tests.tidy.test_budgets
+
+# On a machine that does nothing else, with all that CI installs. Commit the file that it writes.
+durations: venv
+	$(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadscope --measure $(ARGS)
 
 venv: $(STAMP)
 

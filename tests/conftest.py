@@ -22,7 +22,7 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
-from tests import needs
+from tests import durations, needs
 
 TORTURE_S_MAX = 3600
 """The longest that one torture test may take; the limit of every other test is `timeout` in pyproject.toml."""
@@ -68,10 +68,13 @@ def in_a_loop_of_its_own(test: Callable[..., object], run: Callable[..., None]) 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--failed-to", metavar="FILE", help="when tests fail, write their ids to FILE, for `pytest @FILE`")
+    parser.addoption("--quick", action="store_true", help="leave out the tests that took long when they were measured")
+    parser.addoption("--measure", action="store_true", help="write the durations of the tests to tests/durations.txt")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("random" if config.getoption("markexpr") == "torture" else "repeatable")
+    config.pluginmanager.register(durations)
     gc.disable()  # what the collection makes stays to the end of the run
     if not hasattr(config, "workerinput"):  # once, before xdist starts its processes
         compileall.compile_dir(SOURCE, quiet=2)
@@ -94,7 +97,8 @@ def pytest_collection_finish() -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
 ) -> None:
-    """Close the run with what was skipped, why, and the command that installs what is missing; list what failed.
+    """Close the run with what was skipped, why, and the command that installs what is missing; list what failed. Under
+    CI name what took longest.
 
     A run that was interrupted, or that pytest itself ended, writes no list: its other tests never ran. A worker of
     xdist writes none either: it goes on for a moment after the process that runs it was killed.
@@ -105,7 +109,14 @@ def pytest_terminal_summary(
         failed = dict.fromkeys(report.nodeid for report in [*stats.get("failed", []), *stats.get("error", [])])
         Path(path).write_text("".join(f"{nodeid}\n" for nodeid in failed))
     skipped = stats.get("skipped", [])
-    for line in needs.report(report.longrepr[2] for report in skipped):
+    lines = needs.report(report.longrepr[2] for report in skipped)
+    if not hasattr(config, "workerinput"):
+        reports = [report for group in stats.values() for report in group if isinstance(report, pytest.TestReport)]
+        if config.getoption("measure"):
+            durations.write(reports)
+        if os.environ.get("CI") == "true":
+            lines = [*durations.summary(reports), *lines]
+    for line in lines:
         terminalreporter.write_line(line)
 
 
