@@ -49,7 +49,7 @@ from minikms.platform.logs import Log, service_logger
 from minikms.platform.notify import Notifier
 from minikms.platform.process_metrics import open_process_files
 from minikms.platform.workers import in_worker
-from minikms.policy import FilePolicy, Meters, Policy
+from minikms.policy import FilePolicy, Meters, Policy, PolicyFileError
 from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
 from minikms.processes.flags import DATA_USER_ADVICE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSING
 from minikms.processes.peer import overflow_uid
@@ -409,7 +409,10 @@ def _policy(settings: Settings) -> Policy:
             "the policy file"
         )
     file.check_apart(written=_write_paths(settings, activated=False), of_root_key=settings.root.read_paths)
-    return FilePolicy(file.read(), allowed, service_uid=os.geteuid(), overflow_uid=overflow_uid())
+    try:
+        return FilePolicy(file.read(), allowed, service_uid=os.geteuid(), overflow_uid=overflow_uid())
+    except PolicyFileError as error:
+        raise StartError(f"the policy file {file.path}: {error}") from None
 
 
 def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:

@@ -1,13 +1,17 @@
 """What a server says of itself when its disk or its key service does not work, and what it does about it."""
 
+import contextlib
 import os
 import re
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 
 from minikms import Client
+from minikms.audit.reader import LOG_NAME
+from progressdb_server.kms.supervisor import HANGS, REFUSES
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.small_disks import filled, small_disk
@@ -55,7 +59,8 @@ def test_a_spawned_key_service_that_hangs_is_killed_and_another_serves(tmp_path:
 
 
 def test_a_found_key_service_that_hangs_makes_the_server_not_ready(tmp_path: Path) -> None:
-    """It is not this server's to kill. Status says why, and the server is ready again when it goes on."""
+    """It is not this server's to kill. Status says why, and the server is ready again when it goes on. One that can't
+    write its audit log refuses, and does not hang."""
     (tmp_path / "kms").mkdir()
     (tmp_path / "server").mkdir()
     with LiveDaemon(tmp_path / "kms") as kms:
@@ -74,6 +79,18 @@ def test_a_found_key_service_that_hangs_makes_the_server_not_ready(tmp_path: Pat
             finally:
                 os.kill(kms.pid, signal.SIGCONT)
             wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
+            hung = [event["event"] for event in server.log]
+            # Each write that extends the audit log fails: it answers, and refuses.
+            unlimited = resource.prlimit(kms.pid, resource.RLIMIT_FSIZE)
+            size = (kms.data_dir / LOG_NAME).stat().st_size
+            resource.prlimit(kms.pid, resource.RLIMIT_FSIZE, (size, unlimited[1]))
+            wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
+            wait_until(lambda: any(event["event"] == REFUSES for event in server.log), seconds=HANG_S_MAX)
+            resource.prlimit(kms.pid, resource.RLIMIT_FSIZE, unlimited)
+            wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
+            assert HANGS not in [event["event"] for event in server.log][len(hung) :]
+            wait_until(lambda: "audit log written again" in kms.log.read_text())
+    assert kms.log.read_text().count("audit log refused") == 1
 
 
 def test_a_store_on_a_full_disk_is_not_ready_and_status_says_why(tmp_path: Path) -> None:
@@ -96,6 +113,39 @@ def test_a_store_on_a_full_disk_is_not_ready_and_status_says_why(tmp_path: Path)
             wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
             wait_until(lambda: status(server, **variables)[0] == 0)
             assert server("POST", "/v1/messages", {"author": "ada", "body": 1}).status == 200
+
+
+def test_a_key_service_that_can_make_no_key_is_named_by_every_program(tmp_path: Path) -> None:
+    """Its data directory is on a full disk before the first key; its audit log and the store are elsewhere."""
+    base = tmp_path / "kms"
+    log_dir = base / "audit"
+    log_dir.mkdir(0o700, parents=True)
+    (tmp_path / "server").mkdir()
+    with contextlib.ExitStack() as stack:
+        disk = stack.enter_context(small_disk(base / "data"))
+        disk.chmod(0o700)
+        kms = stack.enter_context(LiveDaemon(base, "file", "--audit-dir", str(log_dir)))
+        variables = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
+        with real_server(tmp_path / "server", environment=variables) as server:
+            wait_until(lambda: ready(server) == READY)
+            with filled(disk):
+                wait_until(lambda: ready(server) == NOT_READY, seconds=HANG_S_MAX)
+                # The journal may have had room for one key.
+                refused = [server("POST", "/v1/messages", {"author": "ada", "body": 1}) for _ in range(2)][1]
+                assert (refused.status, refused.json) == (503, {"error": "the key service is not available now"})
+                why = server("GET", "/admin/readiness", key=ADMIN).json["key_service"]
+                full = "cannot be written: No space left on device"
+                assert re.fullmatch(f"it can make no keys, so no thread: .* {full}", why)
+                exit_status, said = status(server, **variables)
+                assert (exit_status, why in said, "no key can be made or changed" in said) == (1, True, True), said
+                [logged] = [event["reason"] for event in server.log if event["event"] == "not_ready"]
+                assert logged.startswith("it can make no keys, so no thread: ")
+                refusals = [event for event in server.log if event.get("route") == "/v1/messages"]
+                assert re.match("the key service is not available now: .* cannot be written", refusals[-1]["reason"])
+            wait_until(lambda: ready(server) == READY, seconds=HANG_S_MAX)
+            assert server("POST", "/v1/messages", {"author": "ada", "body": 1}).status == 200
+    log = kms.log.read_text()
+    assert (log.count("key files refused"), log.count("key files written again")) == (1, 1), log
 
 
 @pytest.mark.parametrize("lost_by", [signal.SIGSTOP, signal.SIGKILL])

@@ -66,7 +66,7 @@ class PruningStatus(msgspec.Struct, frozen=True):
 
 class KeysStatus(msgspec.Struct, frozen=True):
     """Counts of keys. `indexing`: key files are still being read. `unreadable_files`: at most 100 key ids, with the
-    reason for each.
+    reason for each. `writable`: whether a key can be made or changed; None where the service does not report it.
     """
 
     indexing: bool = True
@@ -75,6 +75,8 @@ class KeysStatus(msgspec.Struct, frozen=True):
     destroyed: int = 0
     unreadable: int = 0
     unreadable_files: dict[str, str] = {}
+    writable: bool | None = None
+    unavailable_reason: str = ""
 
 
 class HeadStatus(msgspec.Struct, frozen=True):

@@ -13,7 +13,7 @@ Invariants:
 - A file changes only after its record is durable. The journal is removed or renamed only after every file that it has a
   record of is durable, and the directory of the files was synced.
 - While the disk thread writes files, `DekStore.read` answers from memory. A file that the disk refuses is written by
-  `flush`, and answered from memory until then; until then nothing else is changed.
+  `flush`, and answered from memory until then; until then nothing else is changed. `refusal` says it.
 - The record of a change that was refused does not stay: the journal is flushed at once, or in the background.
 - After a failed sync neither journal nor files are synced again: the contents are written to fresh files and renamed.
 - The records of a destroyed key are overwritten with zeros, durably, before `forget` returns.
@@ -64,6 +64,7 @@ from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
 from minikms.platform.files import (
     GROUP_FILES_MAX,
     FileWrite,
+    check_room,
     make_file,
     open_directory,
     overwrite_file,
@@ -73,6 +74,7 @@ from minikms.platform.files import (
     write_all_at,
     write_files,
 )
+from minikms.platform.logs import structlog
 from minikms.platform.sync import sync_data, sync_file, syncfs, syncfs_reports
 from minikms.platform.workers import in_worker
 
@@ -113,6 +115,8 @@ class Journal:
         """Of the rotation whose batch the journal has; empty: it has other changes."""
         self._failed = False
         """A write or sync of the journal failed, or the files could not be written."""
+        self.refusal = ""
+        """Why the last change was refused, or its files not written; empty once the disk accepts changes again."""
         self._retrying: asyncio.Task[None] | None = None
         self._unwritten: dict[str, asyncio.Future[None]] = {}
         """The keys of the groups that have not ended, each with the end of its group."""
@@ -173,8 +177,8 @@ class Journal:
 
         def end(job: asyncio.Future[bool]) -> None:
             failure = asyncio.CancelledError() if job.cancelled() else job.exception()
-            if (failure is not None or not job.result()) and (self._retrying is None or self._retrying.done()):
-                self._retrying = loop.create_task(self._retry())
+            if failure is not None or not job.result():
+                self.check_soon()
             for change in changes:
                 self._unwritten.pop(change.key_id, None)
             ended.set_result(None)
@@ -190,15 +194,47 @@ class Journal:
         in_worker(self._executor, write).add_done_callback(end)
         return durable
 
-    async def _retry(self) -> None:
-        """Flushes the journal after a failure, as soon as the disk accepts it: a start would make the refused changes
-        that it has.
+    def check_soon(self) -> None:
+        """Finds out in the background whether the disk accepts changes, and goes on until it does: `refusal` says it.
+        After a failure the journal is flushed so: a start would make the refused changes that it has.
         """
-        pause = RETRY_SECONDS_MIN
-        while self._failed:
+        if self._retrying is None or self._retrying.done():
+            self._retrying = asyncio.get_running_loop().create_task(self._retry())
+
+    async def _retry(self) -> None:
+        logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        pause, logged = RETRY_SECONDS_MIN, ""
+        while True:
+            if self.refusal and not logged:
+                logged = self.refusal
+                logger.warning("key files refused", reason=logged)
+            await in_worker(self._executor, self._check)
+            if not self.refusal:
+                break
             await asyncio.sleep(pause)
-            await in_worker(self._executor, self._flush_failed)
             pause = min(2 * pause, RETRY_SECONDS_MAX)
+        if logged:
+            logger.info("key files written again")
+
+    def _check(self) -> None:
+        try:
+            if self._failed:
+                self.flush()
+            if self._fd is None:
+                self._begin((), "")
+            check_room(self._store.directory_fd)
+        except StorageUnavailableError as error:
+            self._refuse(error)
+        else:
+            self.refusal = ""
+
+    def _refuse(self, error: StorageUnavailableError) -> None:
+        """No record of a refused change may stay. `_retry` takes over when the disk refuses that too."""
+        cause = error.__cause__
+        self.refusal = f"{error}: {os.strerror(cause.errno or 0)}" if isinstance(cause, OSError) else str(error)
+        if self._failed:
+            with contextlib.suppress(StorageUnavailableError):
+                self.flush()
 
     def write(self, changes: Sequence[Change], durable: Callable[[], object], stamp: str = "") -> bool:
         """Writes a group of changes, and calls `durable` when they are. Returns whether their files are written. Raises
@@ -206,22 +242,26 @@ class Journal:
         """
         try:
             self._append(changes, stamp)
-        except StorageUnavailableError:
-            self._flush_failed()
+        except StorageUnavailableError as error:
+            self._refuse(error)
             raise
         self._store.answer_from_memory({change.key_id: change.new for change in changes})
         self._failed = True  # until all files are written: otherwise they are written again
         durable()
-        with contextlib.suppress(OSError), _quick_handover() if not stamp else contextlib.nullcontext():
-            directory, sync = self._store.directory_fd, not self._by_syncfs
-            for change in changes:
-                put = overwrite_file if change.old else make_file
-                put(directory, file_name(change.key_id), change.new, sync=sync)
+        try:
+            with _quick_handover() if not stamp else contextlib.nullcontext():
+                directory, sync = self._store.directory_fd, not self._by_syncfs
+                for change in changes:
+                    put = overwrite_file if change.old else make_file
+                    put(directory, file_name(change.key_id), change.new, sync=sync)
             self._failed = False
-        if self._failed:
-            self._flush_failed()
-        else:
             self._store.answer_from_memory({})
+        except OSError as error:
+            failure = StorageUnavailableError("a key file cannot be written")
+            failure.__cause__ = error.with_traceback(None)
+            self._refuse(failure)
+        if not self._failed:
+            self.refusal = ""
         return not self._failed
 
     def _append(self, changes: Sequence[Change], stamp: str) -> None:

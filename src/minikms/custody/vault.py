@@ -505,6 +505,8 @@ class Indexing:
             "destroyed": len(vault.destroyed),
             "unreadable": vault.unreadable.count,
             "unreadable_files": vault.unreadable.listed(),
+            "writable": not vault.journal.refusal,
+            "unavailable_reason": vault.journal.refusal,
         }
 
     async def wait_complete(self, *, compared: bool = False) -> None:

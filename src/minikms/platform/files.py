@@ -40,6 +40,8 @@ FILE_MODE: Final = 0o600
 TEMP_PREFIX: Final = ".tmp-"
 SYNCFS_FILES_MIN: Final = 4
 """A group of at least this many files uses `syncfs`, which also waits for the writes of other programs."""
+CHECK_BYTES: Final = 4096
+"""Of the file that shows whether a disk takes one more."""
 GROUP_FILES_MAX: Final = 512
 READ_AHEAD_FILES: Final = 32
 """Files that `read_files_of` has open at a time, so that the disk reads them at the same time."""
@@ -211,6 +213,12 @@ def replace_file_from(directory: int, name: str, chunks: Iterable[bytes]) -> Non
     with _storage_errors("a file cannot be written", name):
         _rename_temp(directory, _write_temp(directory, chunks, sync=True), name)
         sync_file(directory)
+
+
+def check_room(directory: int) -> None:
+    """Writes a temporary file of CHECK_BYTES, and removes it. Raises StorageUnavailableError."""
+    with _storage_errors("a file cannot be written"):
+        _unlink_quietly(directory, _write_temp(directory, (bytes(CHECK_BYTES),), sync=False))
 
 
 def patch_file(directory: int, name: str, patches: Sequence[tuple[int, bytes]], *, sync: bool) -> None:

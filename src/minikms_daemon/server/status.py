@@ -86,7 +86,8 @@ class StatusPage:
         self._started_ns = started_ns
         self.server: HttpServer[Session] | None = None
         self._logger = Log()
-        self._disk_was_full = False
+        self._disk_was_full = self._log_refused = False
+        self._dropped_before = data.log.events_dropped
 
     def build(self) -> dict[str, object]:
         body = self._vault.unlocked.body
@@ -142,12 +143,24 @@ class StatusPage:
         return {"status": api.CODE_AUDIT_LAGGING, "reason": lagging} if lagging else self._log.service_status()
 
     def watch_disk(self) -> None:
-        """Logs when the disk has become nearly full, and when it has room again. Call this every second."""
+        """Logs when the disk has become nearly full and when it has room again; also the audit log's refusals. Asks a
+        disk that is nearly full whether keys can be made. Call this every second."""
         full = self._disk_free_bytes() < api.DISK_FREE_BYTES_MIN
+        if full:
+            self._vault.journal.check_soon()
         if full != self._disk_was_full:
             self._disk_was_full = full
             say = self._logger.warning if full else self._logger.info
             say("disk nearly full" if full else "disk has room again", disk_free_bytes=self._disk_free_bytes())
+        dropped = self._log.events_dropped
+        refuses = not self._log.writable or dropped != self._dropped_before
+        self._dropped_before = dropped
+        if refuses != self._log_refused:
+            self._log_refused = refuses
+            if refuses:
+                self._logger.warning("audit log refused", reason=self._log.status()["unavailable_reason"])
+            else:
+                self._logger.info("audit log written again", events_dropped=dropped)
 
     def _disk_free_bytes(self) -> int:
         """Bytes that this user may still write: the lesser of data directory and directory of the audit log."""
@@ -259,6 +272,8 @@ class StatusPage:
                 f"only {free // 1024:,} KiB are free for the data directory, so new keys are refused or soon will be; "
                 "free space on its file system"
             )
+        if refusal := self._vault.journal.refusal:
+            found.append(f"no key can be made or changed: {refusal}; the daemon tries again")
         if not self._log.writable:
             found.append(
                 "the audit log can't be written, so every verb but status and metrics answers 503; free space on its "
@@ -268,6 +283,7 @@ class StatusPage:
 
 
 _REDUCED: Final = ("status", "uptime_seconds", "epoch", "keyring_id")
+_REDUCED_KEYS: Final = ("indexing", "writable", "unavailable_reason")
 _REDUCED_AUDIT: Final = ("head", "writable", "synced")
 
 
@@ -275,7 +291,7 @@ def reduced(status: dict[str, Any]) -> dict[str, object]:
     """The status for a principal behind a proxy: enough to see that the service works and is not an older one."""
     shown: dict[str, object] = {name: status[name] for name in _REDUCED if name in status}
     if "keys" in status:
-        shown["keys"] = {"indexing": status["keys"]["indexing"]}
+        shown["keys"] = {name: status["keys"][name] for name in _REDUCED_KEYS}
     if "audit" in status:
         shown["audit"] = {name: status["audit"][name] for name in _REDUCED_AUDIT}
     return shown

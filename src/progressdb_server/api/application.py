@@ -35,7 +35,12 @@ from progressdb_server.api.viewer.routes import error_page
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import ClientGoneError, Header, Receive, Scope, Send
 from progressdb_server.kms.provider import READING, RequestReads
-from progressdb_server.store.model import KeyServiceRefusedError, RecordUnreadableError, StoreDamagedError
+from progressdb_server.store.model import (
+    KeyServiceRefusedError,
+    RecordUnreadableError,
+    StoreDamagedError,
+    StoreUnavailableError,
+)
 
 _log: Final = Log()
 _CLIENT_GONE: Final = 499
@@ -147,6 +152,8 @@ def _error_of(error: Exception, request: Request) -> ApiError:
             at=[f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames],
         )
         return internal()
+    if known.status == 503 and isinstance(error, (KmsError, StoreUnavailableError)):
+        request.reason = error.explained if isinstance(error, StoreUnavailableError) else str(error)
     if isinstance(error, RecordUnreadableError):
         _log.error("record unreadable", request_id=request.request_id, reason=str(error))
     if isinstance(error, StoreDamagedError):
@@ -228,4 +235,5 @@ def _log_response(request: Request, status: int, seconds: float, *, identified: 
         role=request.role.value,
         key=request.caller.number or None,
         ms=round(seconds * 1000, 3),
+        reason=request.reason or None,
     )

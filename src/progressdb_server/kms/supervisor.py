@@ -57,6 +57,8 @@ CHILD_POLL_S: Final = 2.0
 UNANSWERED_MAX: Final = 3
 """A daemon hangs if it leaves this many health checks in a row unanswered. Each check of a child takes at most
 CHILD_POLL_S and HEALTH_TIMEOUT_S."""
+REFUSES: Final = "miniKMS answers, and refuses"
+HANGS: Final = "miniKMS hangs: this server did not start it, so restart it"
 PAUSE_S_MIN: Final = 0.1
 PAUSE_S_MAX: Final = 10.0
 STABLE_S: Final = 30.0
@@ -387,8 +389,8 @@ class Supervisor:
         return longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
 
     async def _watch_found(self) -> None:
-        """Returns once the daemon that was found is gone. One that hangs is not gone; it is only logged."""
-        unanswered = 0
+        """Returns once the daemon that was found is gone. One that hangs or refuses is not gone; it is only logged."""
+        unanswered, logged = 0, ""
         while True:
             await asyncio.sleep(WATCH_POLL_S)
             error = await self._ask()
@@ -397,14 +399,18 @@ class Supervisor:
             if isinstance(error, (KmsUnavailableError, KmsUntrustedServerError)):
                 self._log.error("the miniKMS that was used is gone", reason=str(error))
                 return
+            refuses = isinstance(error, KmsRefusedError)
+            unanswered = 0 if error is None or refuses else unanswered + 1
             if error is None:
-                if unanswered >= UNANSWERED_MAX:
+                if logged:
                     self._log.info("miniKMS answers again")
-                unanswered = 0
-                continue
-            unanswered += 1
-            if unanswered == UNANSWERED_MAX:
-                self._log.error("miniKMS hangs: this server did not start it, so restart it", reason=str(error))
+                logged = ""
+            elif refuses and logged != REFUSES:
+                logged = REFUSES
+                self._log.error(logged, reason=str(error))
+            elif unanswered == UNANSWERED_MAX:
+                logged = HANGS
+                self._log.error(logged, reason=str(error))
 
     async def _ask(self) -> KmsError | None:
         """Asks for its health. The error, or None after a good answer."""

@@ -334,7 +334,8 @@ def test_a_start_is_refused_with_a_policy_that_is_not_valid(public: Path) -> Non
     policy = public / "policy" / "policy.toml"
     policy.parent.mkdir(mode=0o755)
     policy.write_text("version = 1\n[[grants]]\n")
-    assert "grants" in refused(public, policy)
+    said = refused(public, policy)
+    assert f"the policy file {policy}: " in said and "grants" in said
     policy.write_text("version = 1\n" + ROOT_GRANT)
     assert "--admin-uids" in refused(public, policy, "--admin-uids", "0")
 

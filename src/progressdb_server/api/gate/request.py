@@ -133,6 +133,7 @@ class Request:
         "path",
         "path_params",
         "query_string",
+        "reason",
         "repeated_header",
         "request_id",
         "route",
@@ -161,6 +162,8 @@ class Request:
         """The length of the body, once it was read."""
         self.route = ""
         """The path template, for logs and metrics. It contains no client input."""
+        self.reason = ""
+        """Why the answer is a 503, for the log."""
         # Popped, since it refers to the scope, and a reference cycle is freed late.
         self.direct: DirectChannel | None = scope.pop(DIRECT, None)
         self._receive = receive

@@ -26,7 +26,7 @@ from progressdb_server.api.gate.request import Request
 from progressdb_server.api.gate.response import Response, json_response
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, list_of, operations_of, texts
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.kms.provider import Fault, fault
+from progressdb_server.kms.provider import SEALED, Fault, fault
 from progressdb_server.metrics import KmsMetrics
 from progressdb_server.store.model import StoreUnavailableError
 
@@ -141,8 +141,12 @@ class Readiness:
             return str(error)
         self.kms.seen(status)
         if status.status == api.CODE_SEALED:
-            return "it is sealed: an operator has to unseal it with `minikms unseal`"
-        return "" if status.status == "ok" else f"it reports {status.status or 'no status'}"
+            return SEALED
+        if status.keys.writable is False:
+            return f"it can make no keys, so no thread: {status.keys.unavailable_reason}"
+        if status.status == "ok":
+            return ""
+        return f"it reports {status.status or 'no status'}" + (f": {status.reason}" if status.reason else "")
 
     def damage(self) -> str:
         """What is damaged; some threads can't be read then, and the others are served. Empty if nothing is."""
