@@ -282,7 +282,7 @@ class Daemon:
             asyncio.get_running_loop().add_reader(self.settings.parent_fd, self._on_parent)
         acceptor = Acceptor(self.listener.socket, sealable.server, on_failure=self.run.accept_failed)
         own = [
-            asyncio.ensure_future(self._keep(self.run.watchdog)),
+            asyncio.ensure_future(self._keep(lambda: self.run.watchdog(lambda: self.listener.reachable))),
             asyncio.ensure_future(self._keep(lambda: self._reload_at_hangup(sealable, policy))),
         ]
         if (meters := policy.meters) is not None:

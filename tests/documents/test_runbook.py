@@ -131,8 +131,10 @@ def as_it_is(made: Machine) -> None:
     """Nothing has happened."""
 
 
-def both_are_down(made: Machine) -> None:
-    made.do("systemctl stop progressdb minikms.socket minikms")
+def the_socket_is_removed(made: Machine) -> None:
+    """The server is down, and the key service runs where nobody reaches it."""
+    made.do("systemctl stop progressdb")
+    made.at("/run/minikms/minikms.sock").unlink()
 
 
 def a_key_file_is_damaged(made: Machine) -> None:
@@ -285,7 +287,7 @@ def an_auditor_is_attached(made: Machine) -> None:
 
 
 HAPPENED: dict[str, Callable[[Machine], None]] = {
-    "It does not answer": both_are_down,
+    "It does not answer": the_socket_is_removed,
     "A key has leaked": the_root_key_was_changed,
     "Only the keyring is damaged": the_keyring_is_damaged,
     "One key file is damaged": a_key_file_is_damaged,

@@ -74,7 +74,7 @@ from minikms.platform.files import (
     write_all_at,
     write_files,
 )
-from minikms.platform.logs import structlog
+from minikms.platform.logs import Log
 from minikms.platform.sync import sync_data, sync_file, syncfs, syncfs_reports
 from minikms.platform.workers import in_worker
 
@@ -202,7 +202,7 @@ class Journal:
             self._retrying = asyncio.get_running_loop().create_task(self._retry())
 
     async def _retry(self) -> None:
-        logger: structlog.stdlib.BoundLogger = structlog.get_logger()
+        logger = Log()
         pause, logged = RETRY_SECONDS_MIN, ""
         while True:
             if self.refusal and not logged:

@@ -24,6 +24,8 @@ from minikms.platform.notify import Notifier
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
+WATCHDOG_SECONDS: Final = 15.0
+"""Between two looks, where the service manager sets no time."""
 _STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 
 
@@ -54,11 +56,19 @@ class Run:
         await self._stopping.wait()
         self.notifier.stopping()
 
-    async def watchdog(self) -> None:
-        """Tells the service manager that the loop turns, until it is cancelled."""
-        seconds = self.notifier.watchdog_interval_s
-        if seconds is not None:
-            await every(seconds, self.notifier.watchdog)
+    async def watchdog(self, is_reachable: Callable[[], bool] = lambda: True) -> None:
+        """Tells the service manager that the loop turns and clients can connect, until it is cancelled. Logs when they
+        no longer can.
+        """
+        reachable = True
+        while True:
+            await asyncio.sleep(self.notifier.watchdog_interval_s or WATCHDOG_SECONDS)
+            if is_reachable() != reachable:
+                reachable = not reachable
+                say = self.log.info if reachable else self.log.error
+                say("clients can connect again" if reachable else "socket removed: nobody can connect, so restart it")
+            if reachable:
+                self.notifier.watchdog()
 
     def warn_of(self, measures: Sequence[Measure]) -> None:
         """Logs the measures of hardening that are not in force."""

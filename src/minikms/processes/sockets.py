@@ -53,6 +53,12 @@ class UnixListener:
         self.socket = listener
         self.path = path
         self._entry = entry
+        self._identity = _identity_of(path)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the file at the path is still this socket's."""
+        return self._identity == _identity_of(self.path)
 
     @property
     def activated(self) -> bool:
@@ -177,6 +183,15 @@ class _SocketEntry:
         """Device and inode of the file that is at the path now."""
         status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
         return status.st_dev, status.st_ino
+
+
+def _identity_of(path: str) -> tuple[int, int] | None:
+    """Device and inode of the file at the path; None if there is none."""
+    try:
+        status = os.stat(path, follow_symlinks=False)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _make_directory(directory: str, gid: int | None) -> None:

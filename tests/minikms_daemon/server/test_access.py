@@ -17,6 +17,7 @@ from minikms.policy import Policy
 from minikms_daemon.server.admission import UNAUTHORISED_CONNECTIONS_MAX
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.waiting import wait_until
 from tests.minikms_daemon.server import foreign
 
 pytestmark = pytest.mark.usefixtures("as_root")
@@ -192,6 +193,15 @@ def test_a_socket_and_a_watchdog_of_the_service_manager_are_served(public: Path)
             assert manager.recv(1000).startswith(b"READY=1\n")
             assert [manager.recv(1000) for _ in range(3)] == [b"WATCHDOG=1"] * 3
             assert ask(public / "managed", b"GET /status")[0] == 200
+            (public / "managed").rename(public / "away")
+            wait_until(lambda: "socket removed" in daemon.log.read_text())
+            manager.settimeout(2)
+            with pytest.raises(TimeoutError):
+                while True:  # those that were on their way
+                    manager.recv(1000)
+            (public / "away").rename(public / "managed")
+            manager.settimeout(60)
+            assert manager.recv(1000) == b"WATCHDOG=1"
             daemon.process.terminate()
             last = b""
             while not last.startswith(b"STOPPING=1"):  # read at once: a full queue takes no further message
