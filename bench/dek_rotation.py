@@ -26,7 +26,7 @@ from bench.report import Row, figure, say
 from minikms.api.errors import KmsRefusedError
 from minikms.client import EncryptItem
 from minikms.platform.logs import log_to
-from progressdb_server.config import Retention, Rotation
+from progressdb_server.config import Retention, RotationSection
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
@@ -88,7 +88,7 @@ class _Counting(RemoteProvider):
 async def _grow(directory: Path, socket: str, pid: int) -> list[Row]:
     provider = _Counting(socket)
     store = Conversations(RocksEngine(str(directory / "store")), provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=0), SOON, exclusive=True)
+    jobs = Jobs(store, provider, RotationSection(records_per_second=0), SOON, exclusive=True)
     rows: list[Row] = []
     numbers, going = itertools.count(), itertools.count()
     log_to(sys.stderr, "console", "warning")
@@ -204,7 +204,7 @@ async def _rotate(directory: Path, socket: str) -> tuple[float, float, float]:
     provider = RemoteProvider(socket)
     engine = RocksEngine(str(directory / "store"))
     store = Conversations(engine, provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=0), exclusive=True)
+    jobs = Jobs(store, provider, RotationSection(records_per_second=0), exclusive=True)
     try:
         begun = time.perf_counter()
         await build(store, engine, provider, RECORDS)

@@ -42,7 +42,7 @@ from minikms.audit.epochs import highest_epoch
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, LogLimits
 from minikms.audit.queries import first_key
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.audit.repair import IF_RESTORED, AuditKeys
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import DERIVED_KEYS_MAX
@@ -102,7 +102,7 @@ class Options(NamedTuple):
 
     accept_restore: bool = False
     accept_audit_loss: bool = False
-    expect_audit_head: Head | None = None
+    expect_audit_head: LineRef | None = None
     if_restored: str = IF_RESTORED
     audit_dir: str | None = None
     audit_fsync: FsyncPolicy = "interval"
@@ -508,7 +508,7 @@ def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
 
 def _audit_key(unlocked: UnlockedKeyring, key: keyring.AuditKeyEntry) -> AuditKey:
     mac_key, seed = unlocked.audit_key(key.version)
-    since = Head(key.since_seq, key.since_sig) if key.since_seq else None
+    since = LineRef(key.since_seq, key.since_sig) if key.since_seq else None
     return AuditKey(key.version, mac_key, Ed25519Signer(seed), since)
 
 

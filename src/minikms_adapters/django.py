@@ -25,7 +25,7 @@ from django.db.models.lookups import Exact, IsNull
 from django.db.models.query_utils import DeferredAttribute
 
 from minikms_adapters.errors import NotSearchableError, NotSupportedError, WrongPlaceError
-from minikms_adapters.records import ColumnValues, Owned, Receipt, RecordSealer, Runner, column_thread
+from minikms_adapters.records import ColumnValues, Owned, Receipt, RecordSealer, StepRunner, column_thread
 
 __all__ = ["EncryptedField", "Owned", "destroy_key"]
 
@@ -140,14 +140,14 @@ class EncryptedField(BinaryField):
         if value is None:
             return None
         prefix, place, plaintext = self._values.encode(self.names, self.of.to_python(value))
-        [record] = Runner(settings.MINIKMS_CLIENT).run(self._sealer.seal([(place, plaintext)]))
+        [record] = StepRunner(settings.MINIKMS_CLIENT).run(self._sealer.seal([(place, plaintext)]))
         return connection.Database.Binary(prefix + record)
 
     def from_db_value(self, value: Any, expression: Any, connection: Any) -> Any:
         if value is None:
             return None
         place, record = self._values.locate(self.names, value)
-        [plaintext] = Runner(settings.MINIKMS_CLIENT).run(self._sealer.open([(place, record)]))
+        [plaintext] = StepRunner(settings.MINIKMS_CLIENT).run(self._sealer.open([(place, record)]))
         return self._values.decode(place, plaintext)
 
     def to_python(self, value: Any) -> Any:
@@ -195,4 +195,4 @@ class _IsNull(IsNull):
 
 def destroy_key(*, key: str | None = None, owner: object = None) -> list[Receipt]:
     """Destroys the key of a field, or of an owner; what it encrypted can't be read any more. Gives the receipts."""
-    return Runner(settings.MINIKMS_CLIENT).run(RecordSealer().destroy(column_thread("django", key, owner)))
+    return StepRunner(settings.MINIKMS_CLIENT).run(RecordSealer().destroy(column_thread("django", key, owner)))

@@ -18,7 +18,7 @@ from minikms_adapters.records import (
     KmsClient,
     Place,
     RecordSealer,
-    Runner,
+    StepRunner,
     Steps,
     as_json,
     ask,
@@ -53,7 +53,7 @@ class EncryptedSession(SessionABC):
         self._inner = inner
         self._thread = thread_name("agents", session_id)
         self._sealer = RecordSealer()
-        self._runner = Runner(kms, inner)
+        self._runner = StepRunner(kms, inner)
 
     @property
     def session_settings(self) -> SessionSettings | None:  # type: ignore[override]  # the base has a plain attribute

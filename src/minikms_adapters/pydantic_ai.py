@@ -30,7 +30,7 @@ from minikms_adapters.records import (
     KmsClient,
     Place,
     RecordSealer,
-    Runner,
+    StepRunner,
     Steps,
     as_json,
     ask_inner,
@@ -53,7 +53,7 @@ class EncryptedConversationStore(ConversationStore):
 
     def __init__(self, inner: ConversationStore, kms: KmsClient) -> None:
         self._sealer = RecordSealer()
-        self._runner = Runner(kms, inner)
+        self._runner = StepRunner(kms, inner)
 
     def _read_stored(self, conversation_id: str) -> Steps[ConversationRecord | None]:
         stored: ConversationRecord | None = yield ask_inner("read_record", conversation_id)

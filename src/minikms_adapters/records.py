@@ -1,10 +1,10 @@
 """Sealed records: their format, what binds them to their place, and the calls that make and open them.
 
 Owns: the bytes of a record (docs/spec/adapters.md), the names of the key service's threads, and the two ways of running
-an adapter's method: it is written once, as a generator of steps without I/O, and `Runner` carries the steps out with a
-blocking or an asyncio client. Invariants: the records of one call travel in one batch; a new record is sealed under the
-thread's current key; a record opens only in the thread and place in which it was sealed. It must never return what it
-could not open.
+an adapter's method: it is written once, as a generator of steps without I/O, and `StepRunner` carries the steps out
+with a blocking or an asyncio client. Invariants: the records of one call travel in one batch; a new record is sealed
+under the thread's current key; a record opens only in the thread and place in which it was sealed. It must never return
+what it could not open.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def ask(function: Callable[..., Any], *args: Any) -> Step:
     return Step(False, function, args, {})
 
 
-class Runner:
+class StepRunner:
     """Carries steps out. `prefix` is what the names of the inner object's asyncio methods begin with."""
 
     def __init__(self, kms: KmsClient, inner: object = None, *, prefix: str = "") -> None:
@@ -157,7 +157,8 @@ class Runner:
 def asynchronous(
     describe: Callable[Concatenate[Any, P], Steps[T]],
 ) -> Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]:
-    """The asynchronous method of an adapter whose steps `describe` gives. The adapter has a `Runner` as `_runner`."""
+    """The asynchronous method of an adapter whose steps `describe` gives. The adapter has a `StepRunner` as
+    `_runner`."""
 
     @functools.wraps(describe)
     async def method(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -33,7 +33,7 @@ from minikms_adapters.records import (
     Owned,
     Receipt,
     RecordSealer,
-    Runner,
+    StepRunner,
     Steps,
     T,
     column_thread,
@@ -77,7 +77,7 @@ class Encrypted(Opaque):
         kind = object if isinstance(self.of, JSON) else self.of.python_type
         self.values = ColumnValues.of("sqlalchemy", "sql", kind, key, key_of)
         self.sealer = RecordSealer()
-        self._runner = Runner(kms)
+        self._runner = StepRunner(kms)
 
     class Comparator(TypeDecorator.Comparator[Any]):
         """The guard refuses what passes here. SQLAlchemy itself compares columns in its dictionaries."""
@@ -169,12 +169,12 @@ class Encrypted(Opaque):
 
 def destroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
     """Destroys the key of a column, or of an owner; what it encrypted can't be read any more. Gives the receipts."""
-    return Runner(kms).run(RecordSealer().destroy(column_thread("sql", key, owner)))
+    return StepRunner(kms).run(RecordSealer().destroy(column_thread("sql", key, owner)))
 
 
 async def adestroy_key(kms: KmsClient, *, key: str | None = None, owner: object = None) -> list[Receipt]:
     """The same, with either client."""
-    return await Runner(kms).run_async(RecordSealer().destroy(column_thread("sql", key, owner)))
+    return await StepRunner(kms).run_async(RecordSealer().destroy(column_thread("sql", key, owner)))
 
 
 def reencrypt(connection: Connection, column: Any) -> int:

@@ -22,13 +22,13 @@ from minikms.api.errors import ConflictError, InvalidRequestError, KmsError, Kms
 from minikms.audit.blocks import BLOCKS_NAME, Indexer
 from minikms.audit.export import LogRange
 from minikms.audit.note import Checkpoint, Note, NoteError, WitnessPolicy, cosigned_at, open_checkpoint
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.audit.tiles import Tiles
 from minikms.commands.output import as_json
 from minikms_auditor.config import Config
 from minikms_auditor.signers import Signers
 from minikms_auditor.sinks import Shipper, SinkStatus
-from minikms_auditor.store import Cursor, Store, Witnessed, accepted_keys, published
+from minikms_auditor.store import AuditorStore, Cursor, Witnessed, accepted_keys, published
 from minikms_auditor.tail import Grown, LogFaultError, Tail, UnknownLogError
 from minikms_auditor.witnesses import Submission, Witnesses
 from minikms_tokens import TokenError
@@ -98,7 +98,7 @@ class Auditor:
     def __init__(
         self,
         config: Config,
-        store: Store,
+        store: AuditorStore,
         signers: Signers,
         witnesses: Witnesses,
         kms: Reporter,
@@ -128,7 +128,7 @@ class Auditor:
         """Whether a quorum has cosigned the state's tree since the start."""
         self._note: Note | None = None
         """The signed tree checkpoint of the state's tree."""
-        self._durable = Head(0, b"")
+        self._durable = LineRef(0, b"")
         self._log_id = ""
         self._reported_s = 0.0
         self._witnessed_at = 0
@@ -203,7 +203,7 @@ class Auditor:
         self._note_error("key service", "")
         if answer.log_id:
             self._log_id = answer.log_id
-            self._durable = Head(answer.durable.seq, answer.durable.mac)
+            self._durable = LineRef(answer.durable.seq, answer.durable.mac)
         return bool(answer.log_id) and answer.durable.seq > 0
 
     def _taken(self) -> Cursor | None:

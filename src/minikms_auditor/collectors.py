@@ -18,10 +18,10 @@ import msgspec
 
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
-from minikms.processes.http_client import Answer, HttpClient
+from minikms.processes.http_client import HttpAnswer, HttpClient
 from minikms.processes.tls_files import client_context
-from minikms_auditor.config import Files, HttpSink, SplunkSink
-from minikms_auditor.sinks import LaterError, Message, RefusedError, Transport
+from minikms_auditor.config import AuditorFiles, HttpSink, SplunkSink
+from minikms_auditor.sinks import BatchRefusedError, LaterError, SinkMessage, Transport
 
 EXCHANGE_SECONDS_MAX: Final = 30.0
 ACKNOWLEDGED_SECONDS_MAX: Final = 300.0
@@ -41,25 +41,25 @@ class Collector(Transport):
     scheme = "Bearer"
     content_type = "application/x-ndjson"
 
-    def __init__(self, sink: HttpSink | SplunkSink, files: Files) -> None:
+    def __init__(self, sink: HttpSink | SplunkSink, files: AuditorFiles) -> None:
         context = client_context(files, ca=sink.ca, cert=sink.cert, key=sink.key) if sink.has_tls else None
         self._http = HttpClient(sink.url, context, agent="minikms-auditor")
         self._headers = {"Content-Type": self.content_type, "Content-Encoding": "gzip"}
         if sink.token:
             self._headers["Authorization"] = f"{self.scheme} {_token(files, sink.token)}"
 
-    def deliver(self, messages: Sequence[Message]) -> None:
+    def deliver(self, messages: Sequence[SinkMessage]) -> None:
         answer = self._post(self._http.target, b"".join([each.body + b"\n" for each in messages]))
         if not 200 <= answer.status < 300:
             raise self._failure(answer)
 
-    def _post(self, target: str, body: bytes) -> Answer:
+    def _post(self, target: str, body: bytes) -> HttpAnswer:
         content = gzip.compress(body, _GZIP_LEVEL, mtime=0)
         return self._http.post(target, content, self._headers, time.monotonic() + EXCHANGE_SECONDS_MAX)
 
-    def _failure(self, answer: Answer) -> Exception:
+    def _failure(self, answer: HttpAnswer) -> Exception:
         if answer.status in _REFUSES_CONTENT:
-            return RefusedError(f"it answers {answer.status}")
+            return BatchRefusedError(f"it answers {answer.status}")
         return LaterError(f"it answers {answer.status}", answer.retry_after)
 
 
@@ -78,7 +78,7 @@ class SplunkCollector(Collector):
     def __init__(
         self,
         sink: SplunkSink,
-        files: Files,
+        files: AuditorFiles,
         *,
         acknowledged_seconds: float = ACKNOWLEDGED_SECONDS_MAX,
         poll_seconds: float = POLL_SECONDS,
@@ -89,7 +89,7 @@ class SplunkCollector(Collector):
         # Acknowledgements are counted for a channel, which one client has for itself.
         self._headers["X-Splunk-Request-Channel"] = str(uuid.uuid4())
 
-    def deliver(self, messages: Sequence[Message]) -> None:
+    def deliver(self, messages: Sequence[SinkMessage]) -> None:
         answer = self._post("/services/collector/event", b"".join([_event(each) for each in messages]))
         content = _decoded(answer)
         if answer.status != 200:
@@ -108,21 +108,21 @@ class SplunkCollector(Collector):
                 raise LaterError("it has not acknowledged what it was sent")
             time.sleep(self._poll_seconds)
 
-    def _failure(self, answer: Answer) -> Exception:
+    def _failure(self, answer: HttpAnswer) -> Exception:
         code = _decoded(answer).code
         if answer.status == 413 or (answer.status == 400 and code in _SPLUNK_REFUSES_CONTENT):
-            return RefusedError(f"it answers {answer.status} with the code {code}")
+            return BatchRefusedError(f"it answers {answer.status} with the code {code}")
         return LaterError(f"it answers {answer.status} with the code {code}", answer.retry_after)
 
 
-def _event(message: Message) -> bytes:
+def _event(message: SinkMessage) -> bytes:
     """RFC 8259 allows no comma between events, and Splunk wants none."""
     seconds, rest_ns = divmod(message.event.ts, 1_000_000_000)
     head = b'{"time":%d.%06d,"source":"minikms","sourcetype":"minikms:audit","event":' % (seconds, rest_ns // 1000)
     return head + message.body + b"}\n"
 
 
-def _decoded(answer: Answer) -> _SplunkAnswer:
+def _decoded(answer: HttpAnswer) -> _SplunkAnswer:
     """Empty for one that is none."""
     try:
         return msgspec.json.decode(answer.body, type=_SplunkAnswer)
@@ -130,7 +130,7 @@ def _decoded(answer: Answer) -> _SplunkAnswer:
         return _SplunkAnswer()
 
 
-def _token(files: Files, text: str) -> str:
+def _token(files: AuditorFiles, text: str) -> str:
     files.check_private(text, "token")
     token = files.read(text, "token", TOKEN_BYTES_MAX).strip()
     if _TOKEN.fullmatch(token) is None:

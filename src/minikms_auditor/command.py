@@ -55,11 +55,11 @@ def run(*, config: Config, log_format: LogFormat = "console", require_hardening:
 def check_config(*, config: Config) -> int:
     """Read the configuration and the keys that it names, as a start does, and show the log's verifier keys."""
     from minikms.memory import SecretArena
-    from minikms_auditor.config import Files
+    from minikms_auditor.config import AuditorFiles
     from minikms_auditor.process import ARENA_SLOTS, load
 
     with SecretArena(ARENA_SLOTS) as arena:
-        settings, signers, witnesses, _ = load(Files(config), arena)
+        settings, signers, witnesses, _ = load(AuditorFiles(config), arena)
         vkeys = [key.text() for key in signers.verifiers]
         signers.close()
     print(f"{config}: valid; a quorum of {settings.quorum} of {len(witnesses.clients)} witnesses")
@@ -82,9 +82,9 @@ def status(*, config: Config, json: Json = False) -> int:
     import msgspec
 
     from minikms.commands.output import print_result
-    from minikms_auditor.config import Files
+    from minikms_auditor.config import AuditorFiles
 
-    state_dir = Files(config).config().state_dir
+    state_dir = AuditorFiles(config).config().state_dir
     state = _status_of(state_dir)
     age_s = int(time.time()) - state.updated_at
     state = msgspec.structs.replace(state, errors=(*_unseen(state_dir, age_s), *state.errors))
@@ -97,9 +97,9 @@ def checkpoint(*, config: Config) -> int:
     """Print the newest tree checkpoint that a quorum has cosigned: a signed note."""
     from minikms.api.errors import StartError
     from minikms_auditor import store
-    from minikms_auditor.config import Files
+    from minikms_auditor.config import AuditorFiles
 
-    content = store.published(Files(config).config().state_dir)
+    content = store.published(AuditorFiles(config).config().state_dir)
     if content is None:
         raise StartError("no tree checkpoint has been published yet")
     print(content.decode(), end="")
@@ -119,10 +119,10 @@ def prove(
     from minikms.api.errors import StartError
     from minikms.audit.export import NotInTreeError, open_tree
     from minikms.audit.queries import line_of
-    from minikms_auditor.config import Files
+    from minikms_auditor.config import AuditorFiles
     from minikms_auditor.store import TREE_NAME
 
-    settings = Files(config).config()
+    settings = AuditorFiles(config).config()
     prover = open_tree(Path(settings.state_dir) / TREE_NAME)
     content = line_of(settings.log_dir, line)
     if content is None:
@@ -150,9 +150,9 @@ def accept_log(
     from minikms.api.errors import StartError
     from minikms.audit.chain import PUBLIC_KEY_BYTES
     from minikms_auditor import store
-    from minikms_auditor.config import Files
+    from minikms_auditor.config import AuditorFiles
 
-    state_dir = Files(config).config().state_dir
+    state_dir = AuditorFiles(config).config().state_dir
     if not public_key:
         return _show_pending(state_dir)
     key = decode_exact(public_key, PUBLIC_KEY_BYTES)
@@ -176,9 +176,9 @@ def skip(
     Exit status: 0 done, 1 no sink waits there, 2 the auditor never ran.
     """
     from minikms_auditor import store
-    from minikms_auditor.config import Files
+    from minikms_auditor.config import AuditorFiles
 
-    state_dir = Files(config).config().state_dir
+    state_dir = AuditorFiles(config).config().state_dir
     waiting = {sink.name: sink.waits_log_id for sink in _status_of(state_dir).sinks if sink.waits_at == line > 0}
     if not waiting:
         print(f"No sink waits at line {line}.")

@@ -134,7 +134,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return frozenset(decode_exact(text, PUBLIC_KEY_BYTES) or b"" for text in self.public_keys)
 
 
-class Files(ConfigFiles):
+class AuditorFiles(ConfigFiles):
     """The configuration of the auditor, and the files that it names."""
 
     def config(self) -> Config:

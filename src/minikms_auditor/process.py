@@ -36,12 +36,12 @@ from minikms.processes.running import Run
 from minikms.processes.sockets import listen
 from minikms_auditor.auditor import Auditor, Status
 from minikms_auditor.collectors import Collector, SplunkCollector
-from minikms_auditor.config import Config, Files, FileSink, HttpSink, Sink, SplunkSink, SyslogSink
+from minikms_auditor.config import AuditorFiles, Config, FileSink, HttpSink, Sink, SplunkSink, SyslogSink
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.questions import QUESTION_LIMITS, QuestionApplication
 from minikms_auditor.signers import Signers, open_signers
 from minikms_auditor.sinks import FileTransport, Shipper, Transport
-from minikms_auditor.store import SinkFiles, Store
+from minikms_auditor.store import AuditorStore, SinkFiles
 from minikms_auditor.syslog import Syslog
 from minikms_auditor.witnesses import Witnesses
 
@@ -53,7 +53,7 @@ QUESTIONS_MODE: Final = 0o666
 """The mode of the socket for questions: the uid of a peer decides, not its groups."""
 
 
-class Loaded(NamedTuple):
+class AuditorSetup(NamedTuple):
     """A configuration, and what the keys and certificates that it names make."""
 
     config: Config
@@ -62,15 +62,15 @@ class Loaded(NamedTuple):
     transports: tuple[Transport, ...]
 
 
-def load(files: Files, arena: SecretArena) -> Loaded:
+def load(files: AuditorFiles, arena: SecretArena) -> AuditorSetup:
     """Read everything but the state. Raises StartError."""
     config = files.config()
     witnesses = Witnesses(config.witness, files)
     transports = tuple(_transport(sink, files) for sink in config.sink)
-    return Loaded(config, open_signers(config.origin, config.signers, files, arena), witnesses, transports)
+    return AuditorSetup(config, open_signers(config.origin, config.signers, files, arena), witnesses, transports)
 
 
-def _transport(sink: Sink, files: Files) -> Transport:
+def _transport(sink: Sink, files: AuditorFiles) -> Transport:
     match sink:
         case SyslogSink():
             return Syslog(sink, files)
@@ -86,13 +86,13 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     """Run until SIGTERM, SIGINT or SIGQUIT. Raises StartError, saying why it can't start and what to do."""
     log = service_logger(log_format)
     notifier = Notifier(os.environ)
-    files = Files(config_path)
+    files = AuditorFiles(config_path)
     with ExitStack() as cleaning:
         arena = cleaning.enter_context(SecretArena(ARENA_SLOTS))
         config, signers, witnesses, transports = load(files, arena)
         cleaning.callback(signers.close)
         cleaning.callback(witnesses.close)
-        store = Store(config.state_dir, config.origin)
+        store = AuditorStore(config.state_dir, config.origin)
         cleaning.callback(store.close)
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None

@@ -21,7 +21,7 @@ from minikms.audit import note
 from minikms.audit.note import Signature, VerifierKey
 from minikms.memory import SecretArena, SecretSlot, read_key_fd_into
 from minikms.platform.trusted_file import ROOT_UID
-from minikms_auditor.config import FILE_SCHEME, Files
+from minikms_auditor.config import FILE_SCHEME, AuditorFiles
 from minikms_tokens import Algorithm, Signer, TokenError, open_signer
 
 _TYPES: Final[dict[Algorithm, int]] = {"ed25519": note.TYPE_ED25519, "ecdsa-p256-sha256": note.TYPE_ECDSA}
@@ -76,7 +76,7 @@ class Signers:
         _close(self._keys)
 
 
-def open_signers(origin: str, uris: Sequence[str], files: Files, arena: SecretArena) -> Signers:
+def open_signers(origin: str, uris: Sequence[str], files: AuditorFiles, arena: SecretArena) -> Signers:
     """Opens the signers. A token or cloud that is away is a StartError, because a verifier key is made of its public
     key. The first signature connects again, in the hardened process, so that a path that is missing there shows at
     once.
@@ -97,7 +97,7 @@ def _close(keys: Sequence[Signer]) -> None:
             key.close()
 
 
-def _open(uri: str, files: Files, arena: SecretArena) -> Signer:
+def _open(uri: str, files: AuditorFiles, arena: SecretArena) -> Signer:
     if uri.startswith(FILE_SCHEME):
         return LocalKey(_read_key(files.path(uri.removeprefix(FILE_SCHEME)), arena))
     try:

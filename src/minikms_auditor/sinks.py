@@ -27,7 +27,7 @@ from minikms.api.errors import KmsError
 from minikms.audit import ocsf, record
 from minikms.audit.export import LogRange, NotInTreeError, leaf_index
 from minikms.audit.queries import segment_before
-from minikms.audit.reader import Follower, each_segment
+from minikms.audit.reader import LogFollower, each_segment
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import leaf_of
@@ -35,7 +35,7 @@ from minikms.platform.sync import sync_directory
 from minikms.processes.http_client import ExchangeError
 from minikms_auditor.config import FileSink, Sink
 from minikms_auditor.line_file import LineFile
-from minikms_auditor.store import Cursor, Line, SinkFiles, Store
+from minikms_auditor.store import AuditorStore, Cursor, SinkFiles, TreeLine
 
 BATCH_BYTES_MAX: Final = 1024 * 1024
 """A batch takes no more lines once it has so many bytes."""
@@ -58,7 +58,7 @@ class LaterError(Exception):
         self.seconds = seconds
 
 
-class RefusedError(Exception):
+class BatchRefusedError(Exception):
     """The receiver refuses something in a batch, and would refuse it again."""
 
 
@@ -66,7 +66,7 @@ class _StoppedError(Exception):
     """The sink waits for an operator."""
 
 
-class Message(NamedTuple):
+class SinkMessage(NamedTuple):
     """A line of the log, and what is sent of it: one JSON object of printable ASCII."""
 
     log_id: str
@@ -92,7 +92,7 @@ class Transport(ABC):
         return None
 
     @abstractmethod
-    def deliver(self, messages: Sequence[Message]) -> None:
+    def deliver(self, messages: Sequence[SinkMessage]) -> None:
         """Send messages, in order. Return when the receiver has them. Raises OSError, ExchangeError, LaterError,
         RefusedError.
         """
@@ -139,7 +139,7 @@ class FileTransport(Transport):
         except UNDECODABLE:
             return line  # no line of any log
 
-    def deliver(self, messages: Sequence[Message]) -> None:
+    def deliver(self, messages: Sequence[SinkMessage]) -> None:
         self._file.append([each.line if self._is_log else each.body for each in messages])
         if not self._is_synced:
             sync_directory(os.path.dirname(self._path))
@@ -190,7 +190,7 @@ class Shipper:
         sink: Sink,
         transport: Transport,
         files: SinkFiles,
-        store: Store,
+        store: AuditorStore,
         log_dir: str,
         *,
         log: Callable[[str, str], None],
@@ -206,7 +206,7 @@ class Shipper:
         self._sent: Cursor | None = files.cursor
         """The last line that was sent; beyond the cursor while batches settle."""
         self._settling: collections.deque[tuple[float, Cursor]] = collections.deque()
-        self._follower: Follower | None = None
+        self._follower: LogFollower | None = None
         self._is_recalled = False
         """Whether the receiver was asked for its last line, since the start and since the last failure."""
         self._held: collections.deque[bytes] = collections.deque()
@@ -299,7 +299,7 @@ class Shipper:
             return False
         try:
             self._transport.deliver(batch)
-        except RefusedError as error:
+        except BatchRefusedError as error:
             if len(batch) > 1:
                 self._lines_max = len(batch) // 2
                 self.rewind()
@@ -311,7 +311,7 @@ class Shipper:
         self._delivered(batch[-1])
         return True
 
-    def _delivered(self, last: Message) -> None:
+    def _delivered(self, last: SinkMessage) -> None:
         rejected = 0 if self._files.cursor is None else self._files.cursor.rejected
         sent = Cursor(1, last.log_id, last.event.seq, last.sig, rejected)
         self._sent = sent
@@ -358,12 +358,12 @@ class Shipper:
         self.rewind()
         return True
 
-    def _batch(self, last: Line, sent: Cursor) -> list[Message] | _Missing:
+    def _batch(self, last: TreeLine, sent: Cursor) -> list[SinkMessage] | _Missing:
         """The lines after `sent`, up to `last`."""
         if self._follower is None:
             sent = self._begin_reading(last, sent if self._is_recalled else self._recalled(last, sent))
             self._is_recalled = True
-        batch: list[Message] = []
+        batch: list[SinkMessage] = []
         held_bytes = 0
         for line in self._lines(last.seq):
             seq = record.peek_seq(line)
@@ -382,7 +382,7 @@ class Shipper:
             raise _StoppedError(f"the log has no line {sent.seq + 1}, and the tree has it")
         return batch
 
-    def _recalled(self, last: Line, sent: Cursor) -> Cursor:
+    def _recalled(self, last: TreeLine, sent: Cursor) -> Cursor:
         """The cursor, or the last line of the receiver's own file, which must be in the tree. A file that ends before
         the cursor has lost lines; not if the cursor has no MAC, since it is then behind lines that no sink got.
         """
@@ -405,13 +405,13 @@ class Shipper:
             return self._moved(sent, message)
         return sent
 
-    def _begin_reading(self, last: Line, sent: Cursor) -> Cursor:
+    def _begin_reading(self, last: TreeLine, sent: Cursor) -> Cursor:
         """Read from the line of the cursor on, if the log has it still: it must be the one that was sent, and its MAC
         is reported.
         """
         after = max(0, sent.seq - 1)
         number = segment_before(self._log_dir, after + 1)
-        self._follower = Follower(self._log_dir, after_seq=after, after_segment=number)
+        self._follower = LogFollower(self._log_dir, after_seq=after, after_segment=number)
         for line in self._lines(sent.seq):
             if record.peek_seq(line) != sent.seq:
                 self._held.appendleft(line)
@@ -422,7 +422,7 @@ class Shipper:
             return sent if sent.sig else self._moved(sent, message)
         return sent
 
-    def _moved(self, sent: Cursor, to: Message) -> Cursor:
+    def _moved(self, sent: Cursor, to: SinkMessage) -> Cursor:
         self._sent = moved = Cursor(1, to.log_id, to.event.seq, to.sig, sent.rejected)
         self._files.save(moved)
         return moved
@@ -435,7 +435,7 @@ class Shipper:
                 return
             yield self._held.popleft()
 
-    def _message(self, log_id: str, line: bytes) -> Message:
+    def _message(self, log_id: str, line: bytes) -> SinkMessage:
         event, _, sig = record.parse_line(line)
         state = self._store.state
         if self._checked is None or self._checked[0] != state.size:
@@ -444,7 +444,7 @@ class Shipper:
         if not hmac.compare_digest(self._checked[1].node(0, index), leaf_of(line)):
             raise _StoppedError(f"line {event.seq} of the log is not the one in the tree")
         body = ocsf.encode(log_id, event, line) if self._format == "ocsf" else _with_log_id(log_id, event.seq, line)
-        return Message(log_id, event, line, sig, body)
+        return SinkMessage(log_id, event, line, sig, body)
 
     # --- lines that the receiver does not get -------------------------------------------------------------------------
 
@@ -455,7 +455,7 @@ class Shipper:
         self._give_up(lost.last, lost.why, lost)
         return True
 
-    def _give_up(self, seq: int, why: str, what: _Missing | Message) -> None:
+    def _give_up(self, seq: int, why: str, what: _Missing | SinkMessage) -> None:
         """Go on after line `seq` without it. Raises _StoppedError."""
         text = f"line {seq}: {why}"
         if not self._is_skipped(what.log_id, seq):
@@ -469,11 +469,11 @@ class Shipper:
             if wrong:
                 self._waits = (what.log_id, seq)
                 raise _StoppedError(f"{text}; {wrong}, so it waits for `minikms-auditor skip {seq}`")
-        first, line, sig = (seq, what.line, what.sig) if isinstance(what, Message) else (what.first, b"null", b"")
+        first, line, sig = (seq, what.line, what.sig) if isinstance(what, SinkMessage) else (what.first, b"null", b"")
         entry = {"log_id": what.log_id, "seq": first, "last_seq": seq, "why": why, "line": msgspec.Raw(line)}
         self._files.reject(msgspec.json.encode(entry))
         self._log("line rejected", f"{self.name}: {text}")
-        self._refused_in_a_row += isinstance(what, Message)
+        self._refused_in_a_row += isinstance(what, SinkMessage)
         rejected = 0 if self._files.cursor is None else self._files.cursor.rejected
         self._files.save(Cursor(1, what.log_id, seq, sig, rejected + seq - first + 1))
         self._waits = ("", 0)

@@ -61,7 +61,7 @@ ARCHIVES_AT_A_TIME: Final = 16
 """Each takes some 20 ms: the tiles of an earlier version are archived in many steps."""
 
 
-class Line(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TreeLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A signed line of the log. sig: its MAC. public_key: under which it was signed."""
 
     log_id: str
@@ -74,10 +74,10 @@ class Witnessed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The last tree checkpoint that was published: its size, and its last line."""
 
     size: int
-    line: Line
+    line: TreeLine
 
 
-class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AuditorState(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the auditor continues from. line: that of the last leaf. keys: public keys that `audit_key` lines of the
     tree have named.
     """
@@ -87,12 +87,12 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int
     root: bytes
     logs: tuple[LogRange, ...] = ()
-    line: Line | None = None
+    line: TreeLine | None = None
     keys: tuple[bytes, ...] = ()
     witnessed: Witnessed | None = None
 
 
-class Store:
+class AuditorStore:
     """The directory, made if it is missing, and locked until `close`. Raises StartError, and TilesError if it lacks a
     tile of its state.
     """
@@ -131,7 +131,7 @@ class Store:
         if self.state.size and read_file_bounded(os.path.join(self._tree, INDEX_NAME), FILE_BYTES_MAX) != index:
             _replace_in(self._tree, INDEX_NAME, index)
 
-    def commit(self, edge: RightEdge, state: State) -> None:
+    def commit(self, edge: RightEdge, state: AuditorState) -> None:
         """Make a larger tree durable: first its tiles, then its state. Raises StorageUnavailableError; then the tree is
         still the one before.
         """
@@ -201,7 +201,7 @@ class Store:
             with contextlib.suppress(OSError):
                 os.removedirs(path)  # as far as they are empty
 
-    def save(self, state: State) -> None:
+    def save(self, state: AuditorState) -> None:
         replace_file(self._fd, STATE_NAME, msgspec.json.format(msgspec.json.encode(state)))
         self.state = state
 
@@ -218,14 +218,14 @@ class Store:
     def close(self) -> None:
         self._lock.close()
 
-    def _load(self, origin: str) -> State:
+    def _load(self, origin: str) -> AuditorState:
         content = read_file_bounded(STATE_NAME, FILE_BYTES_MAX, dir_fd=self._fd)
         if content is None:
             if os.listdir(self._tree):
                 raise StartError(f"{self._lock.directory} holds a tree but no {STATE_NAME}: restore it, or empty both")
-            return State(1, origin, 0, EMPTY_ROOT)
+            return AuditorState(1, origin, 0, EMPTY_ROOT)
         try:
-            state = msgspec.json.decode(content, type=State)
+            state = msgspec.json.decode(content, type=AuditorState)
         except UNDECODABLE:
             raise StartError(f"{self._lock.directory}/{STATE_NAME} is damaged: restore it") from None
         if state.version != 1 or (state.size > 0) != (state.line is not None):
@@ -261,7 +261,7 @@ class SinkFiles:
     """The files of one sink, which only its thread writes: its cursor, and the lines that it does not have."""
 
     def __init__(self, state_dir: str, name: str) -> None:
-        """Only while the `Store` of the directory is open. Raises StartError, StorageUnavailableError."""
+        """Only while the `AuditorStore` of the directory is open. Raises StartError, StorageUnavailableError."""
         self._state_dir = state_dir
         self.directory = os.path.join(state_dir, SINKS_NAME, name)
         make_private_directory(self.directory)

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 
 from minikms.processes.http_client import ExchangeError, seconds_left
 from minikms.processes.tls_files import client_context
-from minikms_auditor.config import Files, SyslogSink
-from minikms_auditor.sinks import Message, Transport
+from minikms_auditor.config import AuditorFiles, SyslogSink
+from minikms_auditor.sinks import SinkMessage, Transport
 
 SETTLE_SECONDS: Final = 5.0
 """How long a receiver may have a message in memory only, after it has read it."""
@@ -41,7 +41,7 @@ class Syslog(Transport):
     def __init__(
         self,
         sink: SyslogSink,
-        files: Files,
+        files: AuditorFiles,
         *,
         settle_seconds: float = SETTLE_SECONDS,
         exchange_seconds: float = EXCHANGE_SECONDS_MAX,
@@ -55,7 +55,7 @@ class Syslog(Transport):
         self._next: socket.socket | None = None
         """Opened before the last batch was sent."""
 
-    def deliver(self, messages: Sequence[Message]) -> None:
+    def deliver(self, messages: Sequence[SinkMessage]) -> None:
         ends_s = time.monotonic() + self._exchange_seconds
         connection = self._next or self._connect(ends_s)
         self._next = None
@@ -112,7 +112,7 @@ def _end(connection: socket.socket, ends_s: float) -> None:
             raise ExchangeError("it does not read what was sent") from None
 
 
-def frame(message: Message, host: bytes) -> bytes:
+def frame(message: SinkMessage, host: bytes) -> bytes:
     """MSG-LEN SP SYSLOG-MSG."""
     event = message.event
     priority = _FACILITY_AUDIT * 8 + (_INFORMATIONAL if event.outcome == "ok" else _WARNING)

@@ -17,12 +17,12 @@ from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import record
 from minikms.audit.chain import PUBLIC_KEY_BYTES
 from minikms.audit.queries import segment_before
-from minikms.audit.reader import DamagedSegmentError, Follower
-from minikms.audit.record import Event, Head, MalformedLineError
+from minikms.audit.reader import DamagedSegmentError, LogFollower
+from minikms.audit.record import Event, LineRef, MalformedLineError
 from minikms.audit.rules import Trust
 from minikms.audit.tree import leaf_of, leaf_of_entry
 from minikms.audit.verify import Verifier
-from minikms_auditor.store import Line
+from minikms_auditor.store import TreeLine
 
 LEAVES_AT_A_TIME: Final = 65_536
 """The leaves in one commit: as many as fill a tile of the second level."""
@@ -54,7 +54,7 @@ class Grown(NamedTuple):
 
     first_seq: int
     leaves: list[bytes]
-    line: Line
+    line: TreeLine
     keys: tuple[bytes, ...]
 
 
@@ -70,7 +70,7 @@ class Tail:
         directory: str,
         log_id: str,
         *,
-        line: Line | None,
+        line: TreeLine | None,
         leaf: bytes = b"",
         trusted: Collection[bytes] = (),
         may_be_cut: bool = False,
@@ -86,14 +86,14 @@ class Tail:
         self._fault: LogFaultError | None = None
         after_seq = 0 if line is None else line.seq - 1
         after = segment_before(directory, line.seq) if line is not None else 0
-        self._follower = Follower(directory, after_seq=after_seq, after_segment=after)
+        self._follower = LogFollower(directory, after_seq=after_seq, after_segment=after)
         self.seq = after_seq
         """The last line that was read."""
 
     def close(self) -> None:
         self._follower.close()
 
-    def read(self, durable: Head) -> Grown | None:
+    def read(self, durable: LineRef) -> Grown | None:
         """More leaves, at most about `LEAVES_AT_A_TIME`, from lines up to `durable`; None if there are none yet.
 
         Raises LogFaultError, OSError. After either, this reader is of no more use.
@@ -101,7 +101,7 @@ class Tail:
         if self._fault is not None:
             raise self._fault
         leaves: list[bytes] = []
-        last: Line | None = None
+        last: TreeLine | None = None
         until = max(durable.seq, 0 if self._line is None else self._line.seq)
         while self.seq < until and len(leaves) < LEAVES_AT_A_TIME:
             try:
@@ -121,7 +121,7 @@ class Tail:
         keys, self._keys = tuple(self._keys), []
         return Grown(last.seq - len(leaves) + 1, leaves, last, keys)
 
-    def _lines(self, until: int, durable: Head) -> list[bytes]:
+    def _lines(self, until: int, durable: LineRef) -> list[bytes]:
         try:
             lines = self._follower.read(min(until - self.seq, READ_LINES))
         except DamagedSegmentError as error:
@@ -135,7 +135,7 @@ class Tail:
             raise LogFaultError(f"the log has no line {self.seq + 1}, and the daemon has written line {until}")
         return lines
 
-    def _feed(self, line: bytes, durable: Head) -> Line | None:
+    def _feed(self, line: bytes, durable: LineRef) -> TreeLine | None:
         """Verify the next line. Returns it if it is a signed one, which covers all that were pending."""
         begins = self._verifier is None
         verifier = self._verifier or self._begin(line)
@@ -160,7 +160,7 @@ class Tail:
             self._keys.append(verifier.key.public_key)
         if verifier.covered_seq != seq or key is None:
             return None
-        return Line(self.log_id, seq, head.sig, key)
+        return TreeLine(self.log_id, seq, head.sig, key)
 
     def _begin(self, line: bytes) -> Verifier:
         """The verifier for the first line that was read."""
@@ -178,7 +178,7 @@ class Tail:
             raise UnknownLogError(str(event.facts.get("log_id", "")), decode_exact(named, PUBLIC_KEY_BYTES) or b"")
         return Verifier(Trust(public_keys=self._trusted))
 
-    def _continue(self, event: Event, line: bytes, last: Line) -> Verifier:
+    def _continue(self, event: Event, line: bytes, last: TreeLine) -> Verifier:
         """Begin at the last line that the tree has; or after it, if it was the last one of a file that was removed."""
         if event.seq == last.seq:
             if not hmac.compare_digest(leaf_of(line), self._leaf):

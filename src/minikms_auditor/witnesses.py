@@ -20,7 +20,7 @@ from minikms.audit.note import Note, NoteError, Signature, VerifierKey, cosigned
 from minikms.audit.tree import Node
 from minikms.processes.http_client import ExchangeError, HttpClient
 from minikms.processes.tls_files import client_context
-from minikms_auditor.config import Files, Witness
+from minikms_auditor.config import AuditorFiles, Witness
 
 ROUND_SECONDS_MAX: Final = 10.0
 """The time in which all witnesses must answer: less than the time for which the daemon takes an auditor for attached.
@@ -50,8 +50,8 @@ class Submission(NamedTuple):
     node: Node
 
 
-class Client:
-    def __init__(self, witness: Witness, files: Files) -> None:
+class WitnessClient:
+    def __init__(self, witness: Witness, files: AuditorFiles) -> None:
         self.url = witness.url
         self.key: VerifierKey = witness.verifier
         self.error = ""
@@ -134,10 +134,10 @@ class Round(NamedTuple):
 
 
 class Witnesses:
-    def __init__(self, configured: Sequence[Witness], files: Files) -> None:
-        self.clients = tuple(Client(witness, files) for witness in configured)
+    def __init__(self, configured: Sequence[Witness], files: AuditorFiles) -> None:
+        self.clients = tuple(WitnessClient(witness, files) for witness in configured)
         self._threads = ThreadPoolExecutor(max(1, len(self.clients)), "witness")
-        self._running: dict[Client, tuple[Future[Signature], Submission, float]] = {}
+        self._running: dict[WitnessClient, tuple[Future[Signature], Submission, float]] = {}
         """The requests under way, and when each must be answered."""
 
     def submit(self, sent: Submission, quorum: int) -> Round:
@@ -182,7 +182,7 @@ class Witnesses:
         """Whether enough witnesses for a quorum can be asked now: after a failure each has a pause."""
         return sum(map(self._is_due, self.clients)) >= quorum
 
-    def _is_due(self, client: Client) -> bool:
+    def _is_due(self, client: WitnessClient) -> bool:
         return client not in self._running and time.monotonic() >= client.retry_s
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ from minikms import api
 from minikms.api.errors import AuditUnavailableError, KmsClosedError, NotFoundError, StartError
 from minikms.audit import AuditLog, Event
 from minikms.client.calls import Call
-from minikms.client.verbs import AsyncRunner, Many, One, Operation, Verbs
+from minikms.client.verbs import AsyncRunner, ClientOperation, Many, One, Verbs
 from minikms.client.wire import Answer
 from minikms.custody import replica_file
 from minikms.custody.vault import Indexing, Vault
@@ -112,7 +112,7 @@ class EmbeddedClient(Verbs, AsyncRunner):
         await self._no_calls.wait()
         await self._open.aclose()
 
-    async def _run(self, operation: Operation[T]) -> T:
+    async def _run(self, operation: ClientOperation[T]) -> T:
         if isinstance(operation, Many):
             return cast("T", [outcome for one in operation.split() for outcome in await self._run_one(one)])
         return await self._run_one(cast("One[T]", operation))

@@ -36,8 +36,8 @@ from minikms.http import (
     raised_response,
 )
 from minikms.platform.addresses import Places, address_group
-from minikms.processes.tracing import Exchange, Tracing
-from minikms_gateway.certificates import Chain, Identity, Trust, chain_of
+from minikms.processes.tracing import TracedExchange, Tracing
+from minikms_gateway.certificates import CertificateChain, CertificateTrust, Identity, chain_of
 from minikms_gateway.reasons import (
     IssuerUnavailableError,
     Refusals,
@@ -69,18 +69,18 @@ _FETCHING: Final = "the keys of the token's issuer are being fetched"
 Answer = bytes | Response | Awaitable[bytes | Response]
 
 
-class State(NamedTuple):
+class GatewayState(NamedTuple):
     """What the configuration says at one time. `issuers`: None without any. `mount`: of the transit API; empty without
     it.
     """
 
-    trust: Trust
+    trust: CertificateTrust
     issuers: Issuers | None
     generation: int
     mount: str = ""
 
 
-class Session:
+class GatewaySession:
     """One connection, as the engine closes and counts it by `link`. `group`: its name once it has one, before that
     its addresses. `identity`: what its certificate proves under the state of `generation`. `refused`: why it
     proves nothing any more. `proven`: it has had a good certificate, or has shown a good token. `until`: when the last
@@ -102,7 +102,7 @@ class Session:
         "until",
     )
 
-    def __init__(self, chain: Chain | None, peer: str, link: Link) -> None:
+    def __init__(self, chain: CertificateChain | None, peer: str, link: Link) -> None:
         """`peer`: its address."""
         self.chain = chain
         self.peer = peer
@@ -125,7 +125,7 @@ class Gateway:
 
     def __init__(
         self,
-        state: State,
+        state: GatewayState,
         upstream: Upstream,
         refusals: Refusals,
         *,
@@ -138,24 +138,26 @@ class Gateway:
         self._refusals = refusals
         self._by_name: Counter[str] = Counter()
         self._name_max = max(1, connections_max // NAME_SHARE)
-        self._unproven: Places[Session] = Places(max(1, connections_max // UNPROVEN_SHARE))
+        self._unproven: Places[GatewaySession] = Places(max(1, connections_max // UNPROVEN_SHARE))
         self.requests = {verb.name: 0 for verb in api.VERBS if verb.proxied}
         """Requests that were sent on, by verb."""
         self._routes = Routes((verb.method, verb.path, verb) for verb in api.VERBS)
         self._transit = Transit(self._ask)
 
     @property
-    def state(self) -> State:
+    def state(self) -> GatewayState:
         return self._state
 
-    def use(self, state: State) -> None:
+    def use(self, state: GatewayState) -> None:
         """Every session is checked again under `state`, before its next request."""
         self._state = state
 
     # --- the engine's side --------------------------------------------------------------------------------------
 
-    def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> Session | Refusal | None:
-        session = Session(None if tls is None else chain_of(tls), _host(sock), link)
+    def open_session(
+        self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link
+    ) -> GatewaySession | Refusal | None:
+        session = GatewaySession(None if tls is None else chain_of(tls), _host(sock), link)
         self._check(session)
         if session.identity is None:
             loser = self._unproven.take(session.group, session)
@@ -168,15 +170,15 @@ class Gateway:
             self._prove(session, session.identity.name)
         return session
 
-    def _prove(self, session: Session, name: str) -> None:
+    def _prove(self, session: GatewaySession, name: str) -> None:
         session.proven = True
         session.name = session.group = name
         self._by_name[name] += 1
 
-    def group(self, session: Session) -> Hashable:
+    def group(self, session: GatewaySession) -> Hashable:
         return session.group
 
-    def may_stay(self, session: Session) -> bool:
+    def may_stay(self, session: GatewaySession) -> bool:
         """False once a certificate is no longer good, the last token has expired, or if a peer has not proven in time
         who it is.
         """
@@ -190,7 +192,7 @@ class Gateway:
             self._refusals.add(session.refused.reason, session.peer)
         return session.refused is None
 
-    def close_session(self, session: Session) -> None:
+    def close_session(self, session: GatewaySession) -> None:
         session.closed = True
         if session.name:
             self._by_name[session.name] -= 1
@@ -199,7 +201,7 @@ class Gateway:
         if not session.proven:
             self._unproven.leave(session.group, session)
 
-    def admit(self, session: Session, head: ParsedHead) -> Response | None:
+    def admit(self, session: GatewaySession, head: ParsedHead) -> Response | None:
         """Refuses a body before it is received: of a peer without a principal, on any path."""
         try:
             self._check_head(head)
@@ -215,7 +217,7 @@ class Gateway:
             return refused
         return None
 
-    def handle(self, session: Session, request: Request) -> Answer:
+    def handle(self, session: GatewaySession, request: Request) -> Answer:
         head = request.head
         if (head.path, head.method) == (api.HEALTH.path, api.HEALTH.method):
             return HEALTHY
@@ -229,7 +231,7 @@ class Gateway:
             return self._counted(session, error, head)
         return self._after(who, session, Request(head, memoryview(bytes(request.body))))
 
-    def refused(self, session: Session | None, status: int, code: str) -> None:
+    def refused(self, session: GatewaySession | None, status: int, code: str) -> None:
         """The engine counts what is no request; only a connection without a place is counted here."""
         if code == api.CODE_TOO_MANY and session is None:
             self._refusals.add("connections", "")
@@ -244,7 +246,7 @@ class Gateway:
         """The header `Authorization`, or what the transit API has in its place."""
         return Transit.credential(head, body) if self._is_transit(head) else head.authorization
 
-    def _principal(self, session: Session, credential: str | None) -> str | asyncio.Future[None]:
+    def _principal(self, session: GatewaySession, credential: str | None) -> str | asyncio.Future[None]:
         """A future: the keys of an issuer are being fetched, so ask again. Raises UnauthorizedError,
         IssuerUnavailableError, TooManyConnectionsError.
         """
@@ -258,7 +260,7 @@ class Gateway:
             raise UnauthorizedError("show a client certificate, or a token in the header Authorization: Bearer")
         return session.identity.name
 
-    def _of_token(self, session: Session, authorization: str) -> str | asyncio.Future[None]:
+    def _of_token(self, session: GatewaySession, authorization: str) -> str | asyncio.Future[None]:
         verified = self._verified(session, authorization)
         if isinstance(verified, asyncio.Future):
             return verified
@@ -271,14 +273,14 @@ class Gateway:
         session.until = max(session.until, verified.until)
         return verified.name
 
-    def _verified(self, session: Session, authorization: str) -> Verified | asyncio.Future[None]:
+    def _verified(self, session: GatewaySession, authorization: str) -> Verified | asyncio.Future[None]:
         issuers = self._state.issuers
         if issuers is None:
             raise RefusedTokenError("token_issuer")
         thumbprint = None if session.chain is None else session.chain.thumbprint
         return issuers.principal(authorization, thumbprint, time.time())
 
-    def _lifetime(self, session: Session, credential: str | None) -> Lifetime:
+    def _lifetime(self, session: GatewaySession, credential: str | None) -> Lifetime:
         """The lifetime of the credential that `_principal` accepted."""
         now = time.time()
         if credential is None:
@@ -290,7 +292,7 @@ class Gateway:
             else Lifetime(verified.begun or now, verified.expires)
         )
 
-    def _check(self, session: Session) -> None:
+    def _check(self, session: GatewaySession) -> None:
         """Bring `identity` and `refused` up to date."""
         now = time.time()
         identity = session.identity
@@ -307,7 +309,9 @@ class Gateway:
         except RefusedCertificateError as error:
             session.refused = error
 
-    async def _after(self, fetched: asyncio.Future[None], session: Session, request: Request) -> bytes | Response:
+    async def _after(
+        self, fetched: asyncio.Future[None], session: GatewaySession, request: Request
+    ) -> bytes | Response:
         await asyncio.shield(fetched)
         try:
             credential = self._credential(request.head, request.body)
@@ -324,7 +328,7 @@ class Gateway:
     def _is_transit(self, head: ParsedHead) -> bool:
         return bool(self._state.mount) and head.path.startswith(TRANSIT_API)
 
-    def _answer(self, who: str, session: Session, request: Request, credential: str | None) -> Answer:
+    def _answer(self, who: str, session: GatewaySession, request: Request, credential: str | None) -> Answer:
         if self._is_transit(request.head):
             lifetime = partial(self._lifetime, session, credential)
             return self._transit.answer(who, request, self._state.mount, lifetime)
@@ -369,7 +373,7 @@ class Gateway:
             answer.add_done_callback(partial(_trace, self._tracing, verb.name, request.head, time.time_ns()))
         return answer
 
-    def _counted(self, session: Session, error: KmsRefusedError, head: ParsedHead) -> Response:
+    def _counted(self, session: GatewaySession, error: KmsRefusedError, head: ParsedHead) -> Response:
         """The answer to an error, whose reason is counted."""
         if isinstance(error, RefusedCertificateError | RefusedTokenError | RefusedRequestError):
             self._refusals.add(error.reason, session.peer)
@@ -400,7 +404,7 @@ def _trace(
         ended_ns=ended_ns,
         failed=status >= 500,
         attributes={"http.response.status_code": status, "progressdb.request_id": head.request_id or ""},
-        exchanges=(Exchange(verb, began_ns, ended_ns, answered=status < 500),),
+        exchanges=(TracedExchange(verb, began_ns, ended_ns, answered=status < 500),),
     )
 
 

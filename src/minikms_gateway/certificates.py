@@ -10,8 +10,8 @@ Owns: the TLS contexts, and the rules for certificates:
 5. If the CA has a CRL file, each certificate below the CA needs a list there of its issuer, signed by it and in force.
    An expired list refuses all certificates of its issuer.
 CRLs are checked here and not by OpenSSL, because OpenSSL checks them in the handshake only, and wants one for each CA
-or for none. `Trust` is one state of the configuration; a session keeps the chain, and is checked again with each new
-one. Time is passed in, but for that of the handshake.
+or for none. `CertificateTrust` is one state of the configuration; a session keeps the chain, and is checked again with
+each new one. Time is passed in, but for that of the handshake.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from minikms.api.errors import InvalidRequestError, StartError
 from minikms.policy.names import parse_name
 from minikms.processes.config_file import PEM_BYTES_MAX
 from minikms.processes.tls_files import load_pair
-from minikms_gateway.config import CRL_BYTES_MAX, ClientCa, Config, Files
+from minikms_gateway.config import CRL_BYTES_MAX, ClientCa, Config, GatewayFiles
 from minikms_gateway.reasons import RefusedCertificateError
 
 CRL_ISSUERS_COUNT_MAX: Final = 64
@@ -50,7 +50,7 @@ class Identity(NamedTuple):
     until: float
 
 
-class Chain(NamedTuple):
+class CertificateChain(NamedTuple):
     """The certificates of a peer as OpenSSL verified them, DER, the peer's first. `thumbprint`: SHA-256 of that one."""
 
     certificates: tuple[bytes, ...]
@@ -115,17 +115,17 @@ class _Authority(NamedTuple):
     crls: _Crls | None
 
 
-class Trust:
+class CertificateTrust:
     """The CAs whose certificates are accepted, in one state of the configuration. `cas`: their certificates in PEM."""
 
-    def __init__(self, config: Config, files: Files) -> None:
+    def __init__(self, config: Config, files: GatewayFiles) -> None:
         """Blocks on the disk. Raises StartError."""
         self._authorities: dict[bytes, _Authority] = {}
         self.cas = ""
         for ca in config.client_ca:
             self._add(ca, files)
 
-    def _add(self, ca: ClientCa, files: Files) -> None:
+    def _add(self, ca: ClientCa, files: GatewayFiles) -> None:
         try:
             certificates = x509.load_pem_x509_certificates(files.read(ca.file, "file of CAs", PEM_BYTES_MAX))
         except ValueError:
@@ -146,7 +146,7 @@ class Trust:
         ends = [one.crls.until() for one in self._authorities.values() if one.crls is not None]
         return min(ends) if ends else None
 
-    def identity(self, chain: Chain, now: float) -> Identity:
+    def identity(self, chain: CertificateChain, now: float) -> Identity:
         certificates = chain.certificates
         index = next((i for i, der in enumerate(certificates) if i and der in self._authorities), None)
         if index is None:
@@ -167,7 +167,7 @@ class Trust:
         return Identity(_name(path[0], authority), until)
 
 
-def chain_of(tls: ssl.SSLObject) -> Chain | None:
+def chain_of(tls: ssl.SSLObject) -> CertificateChain | None:
     """The verified chain of a peer after the handshake; None if it showed no certificate."""
     own = tls.getpeercert(binary_form=True)
     if own is None:
@@ -178,10 +178,10 @@ def chain_of(tls: ssl.SSLObject) -> Chain | None:
     else:  # before Python 3.13 the method has no public name
         chain = cast("ssl.SSLSocket", tls)._sslobj.get_verified_chain()  # type: ignore[attr-defined]  # as said
         certificates = tuple(ssl.PEM_cert_to_DER_cert(one.public_bytes()) for one in chain)
-    return Chain(certificates, hashlib.sha256(own).digest())
+    return CertificateChain(certificates, hashlib.sha256(own).digest())
 
 
-def server_context(config: Config, files: Files, trust: Trust) -> tuple[ssl.SSLContext, float]:
+def server_context(config: Config, files: GatewayFiles, trust: CertificateTrust) -> tuple[ssl.SSLContext, float]:
     """A context with the gateway's own certificate, for clients of `trust`, and when that certificate expires. Blocks
     on the disk. Raises StartError.
     """

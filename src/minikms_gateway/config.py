@@ -61,7 +61,7 @@ class Issuer(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     jwks_file: str = ""
 
 
-class Transit(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+class TransitSection(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """The transit API of Vault, below `/v1/` and this mount (docs/spec/transit.md)."""
 
     mount: str = "transit"
@@ -76,7 +76,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     metrics: str = ""
     client_ca: tuple[ClientCa, ...] = ()
     issuer: tuple[Issuer, ...] = ()
-    transit: Transit | None = None
+    transit: TransitSection | None = None
 
     @property
     def fetches_keys(self) -> bool:
@@ -88,7 +88,7 @@ class Config(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         return self.listen, self.kms_socket, self.kms_server_uids, self.metrics, self.fetches_keys
 
 
-class Files(ConfigFiles):
+class GatewayFiles(ConfigFiles):
     """The configuration of the gateway, and the files that it names."""
 
     def config(self) -> Config:

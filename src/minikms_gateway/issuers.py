@@ -26,7 +26,7 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import StartError
 from minikms.processes.http_client import ExchangeError, HttpClient
 from minikms.processes.tls_files import client_context
-from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, Issuer
+from minikms_gateway.config import JWKS_BYTES_MAX, Config, GatewayFiles, Issuer
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from minikms_gateway.tokens import Key, Verified, bearer, check_binding, parse_keys, read, verify
 
@@ -49,7 +49,7 @@ class _Discovery(msgspec.Struct):
 class _Source:
     """One issuer, and what is known of its keys. `fetch` blocks; everything else is used in the loop's thread."""
 
-    def __init__(self, issuer: Issuer, files: Files) -> None:
+    def __init__(self, issuer: Issuer, files: GatewayFiles) -> None:
         """Blocks on the disk. Raises StartError."""
         self.issuer = issuer
         self.keys: dict[str, Key] = {}
@@ -117,7 +117,7 @@ class _Source:
 class Issuers:
     """The issuers of one state of the configuration. Used in the loop's thread."""
 
-    def __init__(self, config: Config, files: Files, *, log: Callable[[str, str], None]) -> None:
+    def __init__(self, config: Config, files: GatewayFiles, *, log: Callable[[str, str], None]) -> None:
         """Blocks on the disk. `log` gets an issuer, and why its keys could not be fetched. Raises StartError."""
         self._issuers = config.issuer
         self._sources = [_Source(issuer, files) for issuer in config.issuer]

@@ -39,9 +39,9 @@ from minikms.processes.config_file import address
 from minikms.processes.running import Run, every
 from minikms.processes.tracing import Tracing, from_environment, is_wanted
 from minikms_gateway import metrics
-from minikms_gateway.application import Gateway, Session, State
-from minikms_gateway.certificates import Trust, server_context
-from minikms_gateway.config import Config, Files
+from minikms_gateway.application import Gateway, GatewaySession, GatewayState
+from minikms_gateway.certificates import CertificateTrust, server_context
+from minikms_gateway.config import Config, GatewayFiles
 from minikms_gateway.reasons import ADVICE, LINE_SECONDS, Refusals, of_handshake
 from minikms_gateway.upstream import CONNECTIONS_MAX, SWEEP_SECONDS, Upstream
 
@@ -57,11 +57,11 @@ EXPIRED_SECONDS: Final = 60.0
 Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 
-class Loaded(NamedTuple):
+class GatewaySetup(NamedTuple):
     """All files of one configuration, read and valid. `signature`: of before they were read."""
 
     config: Config
-    trust: Trust
+    trust: CertificateTrust
     issuers: Issuers | None
     context: ssl.SSLContext
     certificate_until: float
@@ -82,16 +82,16 @@ class Loader:
 
     def __init__(self, path: Path, log: Callable[[str, str], None]) -> None:
         """`log` gets an issuer and why its keys could not be fetched."""
-        self.files = Files(path)
+        self.files = GatewayFiles(path)
         self._log = log
 
-    def load(self) -> Loaded:
+    def load(self) -> GatewaySetup:
         """Blocks on the disk. Raises StartError."""
         signature = self.signature(self.files.config())
         config = self.files.config()  # once more: what changes from here on has another signature
-        trust = Trust(config, self.files)
+        trust = CertificateTrust(config, self.files)
         context, until = server_context(config, self.files, trust)
-        return Loaded(config, trust, self._issuers(config), context, until, signature)
+        return GatewaySetup(config, trust, self._issuers(config), context, until, signature)
 
     def signature(self, config: Config) -> Signature:
         """Changes when a file that `config` or the configuration on the disk names does, or the latter itself. Blocks
@@ -109,7 +109,7 @@ class Loader:
                 states.append(None)
         return tuple(states)
 
-    def load_beside(self, running: Loaded) -> Loaded:
+    def load_beside(self, running: GatewaySetup) -> GatewaySetup:
         """The same for a process that runs with others. A certificate that has expired never replaces one that has not:
         the TLS context of `running` stays then; all else, such as a revocation, is taken up. Raises StartError.
         """
@@ -173,7 +173,7 @@ class _Process:
     def __init__(
         self,
         loader: Loader,
-        loaded: Loaded,
+        loaded: GatewaySetup,
         *,
         listener: socket.socket,
         metrics_listener: socket.socket | None,
@@ -208,7 +208,7 @@ class _Process:
             tracing=self._tracing,
         )
         limits = replace(LIMITS, connections_max=self._connections_max)
-        server: HttpServer[Session] = HttpServer(
+        server: HttpServer[GatewaySession] = HttpServer(
             self._app, loop=loop, on_internal_error=self._run.internal_error, limits=limits
         )
         self._server = server
@@ -297,7 +297,7 @@ class _Process:
                 self._use(loaded)
                 seen = loaded.signature
 
-    def _use(self, loaded: Loaded) -> None:
+    def _use(self, loaded: GatewaySetup) -> None:
         former = self._app.state.issuers
         if former is not None and loaded.issuers is not None:
             loaded.issuers.take_over(former)
@@ -310,10 +310,10 @@ class _Process:
         self._check_certificate()
         self._log.info("files taken up", generation=self._generation)
 
-    def _state(self, loaded: Loaded) -> State:
+    def _state(self, loaded: GatewaySetup) -> GatewayState:
         self._generation += 1
         transit = loaded.config.transit
-        return State(loaded.trust, loaded.issuers, self._generation, "" if transit is None else transit.mount)
+        return GatewayState(loaded.trust, loaded.issuers, self._generation, "" if transit is None else transit.mount)
 
     # --- events -------------------------------------------------------------------------------------------------
 
@@ -332,6 +332,6 @@ class _Process:
         )
 
 
-def _directories(files: Files, config: Config) -> list[str]:
+def _directories(files: GatewayFiles, config: Config) -> list[str]:
     """The paths that the hardened process must read: a file that replaces another one has another inode."""
     return sorted({str(directory_read(path)) for path in files.named(config)})

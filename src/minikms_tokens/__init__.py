@@ -13,9 +13,18 @@ process: `minikms` imports nothing of this package. It must never make, export o
 from __future__ import annotations
 
 from minikms_tokens.signing import Algorithm, Signer, TokenError
-from minikms_tokens.wrapping import AwayError, RefusedError, Wrapper
+from minikms_tokens.wrapping import AwayError, UnwrapRefusedError, Wrapper
 
-__all__ = ["Algorithm", "AwayError", "RefusedError", "Signer", "TokenError", "Wrapper", "open_signer", "open_wrapper"]
+__all__ = [
+    "Algorithm",
+    "AwayError",
+    "Signer",
+    "TokenError",
+    "UnwrapRefusedError",
+    "Wrapper",
+    "open_signer",
+    "open_wrapper",
+]
 
 
 def open_signer(uri: str) -> Signer:

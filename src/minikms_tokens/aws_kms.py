@@ -14,7 +14,7 @@ import re
 from typing import Any, Final
 
 from minikms_tokens.signing import Algorithm, TimedCalls, TokenError, check_p256, check_signature
-from minikms_tokens.wrapping import BLOB_BYTES_MAX, AwayError, ProviderCalls, RefusedError, give
+from minikms_tokens.wrapping import BLOB_BYTES_MAX, AwayError, ProviderCalls, UnwrapRefusedError, give
 
 try:
     import botocore.session
@@ -93,7 +93,7 @@ class _AwsKmsKey:
             why = type(error).__name__
         self._drop()  # the next call reads credentials and settings again
         if refuses:
-            raise RefusedError(f"AWS KMS refuses the key: {why}")
+            raise UnwrapRefusedError(f"AWS KMS refuses the key: {why}")
         raise self.calls.error(f"AWS KMS does not answer: {why}")
 
     def _drop(self) -> None:

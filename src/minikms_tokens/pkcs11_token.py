@@ -28,7 +28,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from minikms_tokens.signing import Algorithm, TimedCalls, TokenError, check_signature
-from minikms_tokens.wrapping import KEY_BYTES, AwayError, ProviderCalls, RefusedError, give
+from minikms_tokens.wrapping import KEY_BYTES, AwayError, ProviderCalls, UnwrapRefusedError, give
 
 try:
     import pkcs11
@@ -166,7 +166,7 @@ class _Token(Generic[K]):
             except PKCS11Error as error:
                 why = type(error)
                 self.drop()
-        kind = RefusedError if issubclass(why, _REFUSALS) else AwayError
+        kind = UnwrapRefusedError if issubclass(why, _REFUSALS) else AwayError
         raise kind(f"the PKCS#11 token {failing}: {why.__name__}")
 
     def found(self) -> K:
@@ -224,7 +224,7 @@ class _Token(Generic[K]):
     def _log_in(self, token: Any) -> Any:
         pin, version = _read_pin(self._uri.pin_file)
         if version == self._refused:
-            raise RefusedError("the PKCS#11 token refused the PIN: correct its file, and it is tried again")
+            raise UnwrapRefusedError("the PKCS#11 token refused the PIN: correct its file, and it is tried again")
         if token.flags & _LAST_TRY:
             raise AwayError("one more wrong PIN would lock the PKCS#11 token: log in to it with another program first")
         try:
@@ -235,7 +235,7 @@ class _Token(Generic[K]):
             self._refused, why = version, type(error).__name__
         finally:
             del pin
-        raise RefusedError(f"the PKCS#11 token refused the PIN ({why}): correct its file, and it is tried again")
+        raise UnwrapRefusedError(f"the PKCS#11 token refused the PIN ({why}): correct its file, and it is tried again")
 
 
 def _only_key(session: Any, uri: KeyUri, noun: str) -> Any:
@@ -247,7 +247,7 @@ def _only_key(session: Any, uri: KeyUri, noun: str) -> Any:
         wanted[Attribute.ID] = uri.key_id
     keys = [key for kind in uri.kinds for key in session.get_objects({Attribute.CLASS: _CLASSES[kind], **wanted})]
     if not keys:
-        raise RefusedError(f"no {noun} of the PKCS#11 token match the URI, and one has to")
+        raise UnwrapRefusedError(f"no {noun} of the PKCS#11 token match the URI, and one has to")
     if len(keys) > 1:
         raise AwayError(f"{len(keys)} {noun} of the PKCS#11 token match the URI, and one has to")
     return keys[0]
@@ -360,7 +360,7 @@ class Pkcs11Wrapper:
         if is_aes and not _says(key, Attribute.NEVER_EXTRACTABLE, True):
             raise AwayError("the key of the PKCS#11 token was extractable once: use one that was made in its token")
         if not _says(key, Attribute.DECRYPT, True):
-            raise RefusedError("the key of the PKCS#11 token is not permitted to decrypt")
+            raise UnwrapRefusedError("the key of the PKCS#11 token is not permitted to decrypt")
         return WrappingKey(key, _AES_GCM if is_aes else _RSA_OAEP)
 
 

@@ -21,7 +21,7 @@ from typing import Final
 
 from minikms_tokens import programs
 from minikms_tokens.signing import TokenError
-from minikms_tokens.wrapping import BLOB_BYTES_MAX, PROVIDER_SECONDS_MAX, AwayError, RefusedError, give
+from minikms_tokens.wrapping import BLOB_BYTES_MAX, PROVIDER_SECONDS_MAX, AwayError, UnwrapRefusedError, give
 
 BLOB_VERSION: Final = 1
 PCRS: Final = 24
@@ -248,7 +248,7 @@ def _error(tool: str, text: bytes) -> TokenError:
     code = 0 if match is None else int(match[1], 16)
     known = code & 0xBF if code < 0x1000 and code & 0x80 else 0
     if (tool, known) in _REFUSALS:
-        return RefusedError(_REFUSALS[tool, known])
+        return UnwrapRefusedError(_REFUSALS[tool, known])
     if known in _PASSWORDS:
         return AwayError("the TPM asks for a password: name a parent without one, or give the owner hierarchy none")
     return AwayError(f"the TPM is away: tpm2_{tool} failed" + (f" with {code:#x}" if code else ""))

@@ -17,7 +17,7 @@ import ssl
 from typing import Any, Final
 
 from minikms_tokens.signing import TokenError
-from minikms_tokens.wrapping import AwayError, ProviderCalls, RefusedError, give, read_file
+from minikms_tokens.wrapping import AwayError, ProviderCalls, UnwrapRefusedError, give, read_file
 
 STEP_SECONDS_MAX: Final = 8.0
 """The time for a connection, a handshake, or a read. `ProviderCalls` bounds the whole."""
@@ -116,7 +116,7 @@ class VaultTransitWrapper:
         said = " ".join(text for text in errors if isinstance(text, str)) if isinstance(errors, list) else ""
         for known in REFUSALS.get(status, ()):
             if known in said:
-                raise RefusedError(f"{_WHO} refuses: {known} (status {status})")
+                raise UnwrapRefusedError(f"{_WHO} refuses: {known} (status {status})")
         raise AwayError(f"{_WHO} answers with status {status}")
 
     def _token(self) -> str:

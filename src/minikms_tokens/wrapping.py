@@ -1,10 +1,10 @@
 """The interface of a key that is elsewhere and wraps a root key.
 
 Owns: `Wrapper` and its two errors, the time limit of calls, the check of an opened key, and the reading of files that a
-source names. Invariants: a wrapped key opens only with the context under which it was wrapped; `RefusedError` is raised
-only for what the provider itself said, authenticated: by TLS with its name, or by the return code of a device of this
-machine; everything else, a time-out too, is `AwayError`. A root key is written into the caller's memory. It must never
-put it, a PIN, a token, or the text of a provider into an error.
+source names. Invariants: a wrapped key opens only with the context under which it was wrapped; `UnwrapRefusedError` is
+raised only for what the provider itself said, authenticated: by TLS with its name, or by the return code of a device of
+this machine; everything else, a time-out too, is `AwayError`. A root key is written into the caller's memory. It must
+never put it, a PIN, a token, or the text of a provider into an error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROVIDER_SECONDS_MAX: Final = 15.0
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
-class RefusedError(TokenError):
+class UnwrapRefusedError(TokenError):
     """The provider says that it does not open this key: disabled, deleted, denied, a policy that is not met."""
 
 

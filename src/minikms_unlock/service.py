@@ -34,7 +34,7 @@ from minikms.processes.handover import (
     sentence,
 )
 from minikms.processes.peer import read_peer
-from minikms_tokens import AwayError, RefusedError, TokenError
+from minikms_tokens import AwayError, TokenError, UnwrapRefusedError
 from minikms_tokens.wrapping import PROVIDER_SECONDS_MAX, ProviderCalls
 from minikms_unlock.files import Config, read_config, unwrap_into
 
@@ -172,7 +172,7 @@ def _fetched(config: Config, keyring_id: str, into: memoryview) -> tuple[bytes, 
         _Fetch("the provider").call(fetch)
     except TokenError as error:
         _kill_children()
-        return REFUSED if isinstance(error, RefusedError) else AWAY, str(error)
+        return REFUSED if isinstance(error, UnwrapRefusedError) else AWAY, str(error)
     return KEY, ""
 
 

@@ -67,15 +67,15 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     pass
 
 
-class Tls(_Section, frozen=True):
+class TlsSection(_Section, frozen=True):
     cert_file: str = ""
     key_file: str = ""
 
 
-class Server(_Section, frozen=True):
+class ServerSection(_Section, frozen=True):
     address: str = "127.0.0.1"
     port: int = 8080
-    tls: Tls = Tls()
+    tls: TlsSection = TlsSection()
     dev: bool = False
     """For development: a spawned miniKMS makes its own root key file."""
     body_bytes: Count = BODY_BYTES
@@ -99,7 +99,7 @@ class Storage(_Section, frozen=True):
     db_path: str = ""
 
 
-class Store(_Section, frozen=True):
+class StoreSection(_Section, frozen=True):
     """A database in the place of the store's files, for several servers."""
 
     url: str = ""
@@ -165,7 +165,7 @@ class Kms(_Section, frozen=True):
     is given."""
 
 
-class Rotation(_Section, frozen=True):
+class RotationSection(_Section, frozen=True):
     """When the keys of threads are rotated. A duration is such as `90d`; an empty one is never."""
 
     max_age: str = ""
@@ -207,7 +207,7 @@ class Logging(_Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
 
 
-class Viewer(_Section, frozen=True):
+class ViewerSection(_Section, frozen=True):
     audit_socket: str = ""
     """On which an auditor answers questions about the audit log."""
     audit_server_uids: tuple[Uid, ...] = ()
@@ -215,14 +215,14 @@ class Viewer(_Section, frozen=True):
 
 
 class Config(_Section, frozen=True):
-    server: Server = Server()
+    server: ServerSection = ServerSection()
     storage: Storage = Storage()
-    store: Store = Store()
+    store: StoreSection = StoreSection()
     security: Security = Security()
     kms: Kms = Kms()
-    rotation: Rotation = Rotation()
+    rotation: RotationSection = RotationSection()
     retention: Retention = Retention()
-    viewer: Viewer = Viewer()
+    viewer: ViewerSection = ViewerSection()
     logging: Logging = Logging()
 
     @property

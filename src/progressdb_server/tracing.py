@@ -11,8 +11,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry
 
-from minikms.processes.tracing import EXCHANGES_MAX, Exchange, Tracing
-from progressdb_server.api.gate.request import Request
+from minikms.processes.tracing import EXCHANGES_MAX, TracedExchange, Tracing
+from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.kms.provider import READING
 from progressdb_server.metrics import KmsMetrics, verb_of
@@ -27,7 +27,7 @@ class TracedMetrics(ApiMetrics):
         super().__init__(registry)
         self._tracing = tracing
 
-    def finished(self, request: Request, status: int, seconds: float) -> None:
+    def finished(self, request: ApiRequest, status: int, seconds: float) -> None:
         super().finished(request, status, seconds)
         ended_ns, reading = time.time_ns(), READING.get()
         given = request.headers.get(_TRACEPARENT)
@@ -57,7 +57,7 @@ def traced_exchanges(metrics: KmsMetrics) -> Callable[[bytes, float, bool], None
         reading = READING.get()
         if reading is not None and len(reading.exchanges) < EXCHANGES_MAX:
             ended_ns = time.time_ns()
-            exchange = Exchange(verb_of(target), ended_ns - int(seconds * 1e9), ended_ns, answered)
+            exchange = TracedExchange(verb_of(target), ended_ns - int(seconds * 1e9), ended_ns, answered)
             reading.exchanges = (*reading.exchanges, exchange)
 
     return exchanged

@@ -9,7 +9,7 @@ import pytest
 
 from minikms import AsyncClient, Client, KmsUnavailableError
 from minikms_adapters import AdapterError, DestroyedRecordError, PlaintextRecordError, WrongPlaceError, records
-from minikms_adapters.records import Place, RecordSealer, Runner, thread_name
+from minikms_adapters.records import Place, RecordSealer, StepRunner, thread_name
 from tests.harness.live_daemon import LiveDaemon
 
 
@@ -58,7 +58,7 @@ def test_the_associated_data_is_that_of_the_specification(kms: Client) -> None:
     joined = b"\0\0\0\0\0\0\0\x06test.t" + b"\0\0\0\0\0\0\0\x04kind" + b"\0\0\0\0\0\0\0\0"
     bound = b"minikms-adapters 1\0" + hashlib.sha256(joined).digest()
     assert bound.hex().endswith("a6dd1db675c0d9cb31a28545682c386462d3670c12ed8b240b1ca6dbd42b95d0")
-    [record] = Runner(kms).run(RecordSealer().seal([(place, b"text")]))
+    [record] = StepRunner(kms).run(RecordSealer().seal([(place, b"text")]))
     assert record[:4] == b"mKr1"
     key_id, ciphertext = record[4:32].decode(), record[32:]
     aad = bound + b"\0\0\0\0" + b"\1"
@@ -67,14 +67,14 @@ def test_the_associated_data_is_that_of_the_specification(kms: Client) -> None:
 
 @pytest.mark.parametrize("size", [0, 1, records.PIECE_BYTES_MAX, records.PIECE_BYTES_MAX + 1, 9 * 1024 * 1024])
 def test_a_value_of_any_size_comes_back(kms: Client, place: Place, size: int) -> None:
-    sealer, runner = RecordSealer(), Runner(kms)
+    sealer, runner = RecordSealer(), StepRunner(kms)
     value = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     [record] = runner.run(sealer.seal([(place, value)]))
     assert runner.run(sealer.open([(place, record)])) == [value]
 
 
 def test_the_pieces_of_a_value_can_be_neither_swapped_nor_cut_off(kms: Client, place: Place) -> None:
-    sealer, runner = RecordSealer(), Runner(kms)
+    sealer, runner = RecordSealer(), StepRunner(kms)
     [record] = runner.run(sealer.seal([(place, bytes(2 * records.PIECE_BYTES_MAX))]))
     head, first, second = (
         record[: records.HEAD_BYTES],
@@ -89,11 +89,11 @@ def test_the_pieces_of_a_value_can_be_neither_swapped_nor_cut_off(kms: Client, p
 @pytest.mark.parametrize("stored", ["text", None, b"", b"plaintext", records.MAGIC + b"short", 7])
 def test_what_is_not_a_record_is_an_error(kms: Client, place: Place, stored: object) -> None:
     with pytest.raises(PlaintextRecordError, match="record 1"):
-        Runner(kms).run(RecordSealer().open([(place, stored)]))
+        StepRunner(kms).run(RecordSealer().open([(place, stored)]))
 
 
 def test_a_record_opens_in_its_thread_and_place_only(kms: Client, place: Place) -> None:
-    sealer, runner = RecordSealer(), Runner(kms)
+    sealer, runner = RecordSealer(), StepRunner(kms)
     [record] = runner.run(sealer.seal([(place, b"text")]))
     others = [
         place._replace(thread=place.thread + "x"),
@@ -112,7 +112,7 @@ def test_a_record_opens_in_its_thread_and_place_only(kms: Client, place: Place) 
 
 def test_a_key_that_was_replaced_is_not_used_again(kms: Client, place: Place) -> None:
     sealer, counting = RecordSealer(), Counting(kms)
-    runner = Runner(counting)  # type: ignore[arg-type]  # it has the methods of a client
+    runner = StepRunner(counting)  # type: ignore[arg-type]  # it has the methods of a client
     [first] = runner.run(sealer.seal([(place, b"1")]))
     created = kms.create_dek_for_thread(place.thread, replaces=records.key_of(first), purpose="data")
     [second] = runner.run(sealer.seal([(place, b"2")]))
@@ -126,7 +126,7 @@ def test_a_key_that_was_replaced_is_not_used_again(kms: Client, place: Place) ->
 
 
 def test_destroyed_keys_give_receipts_and_their_records_an_error(kms: Client, place: Place) -> None:
-    sealer, runner = RecordSealer(), Runner(kms)
+    sealer, runner = RecordSealer(), StepRunner(kms)
     [first] = runner.run(sealer.seal([(place, b"1")]))
     kms.create_dek_for_thread(place.thread, replaces=records.key_of(first), purpose="data")
     [second] = runner.run(sealer.seal([(place, b"2")]))
@@ -144,7 +144,7 @@ def test_destroyed_keys_give_receipts_and_their_records_an_error(kms: Client, pl
 def test_a_blocking_method_refuses_an_asyncio_client(daemon: LiveDaemon, place: Place) -> None:
     async def use() -> bytes:
         async with AsyncClient(daemon.socket) as kms:
-            sealer, runner = RecordSealer(), Runner(kms)
+            sealer, runner = RecordSealer(), StepRunner(kms)
             with pytest.raises(AdapterError, match="blocking client"):
                 runner.run(sealer.seal([(place, b"text")]))
             [record] = await runner.run_async(sealer.seal([(place, b"text")]))
@@ -155,4 +155,4 @@ def test_a_blocking_method_refuses_an_asyncio_client(daemon: LiveDaemon, place: 
 
 def test_a_failure_of_the_key_service_stays_its_own_error(daemon: LiveDaemon, place: Place) -> None:
     with Client(str(daemon.socket) + "-absent", wait_s=0) as absent, pytest.raises(KmsUnavailableError):
-        Runner(absent).run(RecordSealer().seal([(place, b"text")]))
+        StepRunner(absent).run(RecordSealer().seal([(place, b"text")]))

@@ -20,9 +20,9 @@ from typing import Any, Self
 
 import msgspec
 
-from minikms_auditor.config import Config, Files, Sink
+from minikms_auditor.config import AuditorFiles, Config, Sink
 from minikms_auditor.sinks import Shipper, SinkStatus, Transport
-from minikms_auditor.store import SinkFiles, Store
+from minikms_auditor.store import AuditorStore, SinkFiles
 from tests import needs
 from tests.harness.ports import free_port
 from tests.harness.waiting import listens, wait_until
@@ -38,15 +38,21 @@ class ShippingRig(Rig):
     """A rig whose auditor has one sink. `connect` makes its transport anew at each start."""
 
     def __init__(
-        self, base: Path, sink: Sink, connect: Callable[[Files], Transport], *, witnesses: int = 0, quorum: int = 0
+        self,
+        base: Path,
+        sink: Sink,
+        connect: Callable[[AuditorFiles], Transport],
+        *,
+        witnesses: int = 0,
+        quorum: int = 0,
     ) -> None:
         super().__init__(base, witnesses=witnesses, quorum=quorum)
         self.sink = sink
         self.connect = connect
 
-    def shippers(self, config: Config, store: Store) -> Sequence[Shipper]:
+    def shippers(self, config: Config, store: AuditorStore) -> Sequence[Shipper]:
         files = SinkFiles(config.state_dir, self.sink.name)
-        transport = self.connect(Files(self.base / "auditor.toml"))
+        transport = self.connect(AuditorFiles(self.base / "auditor.toml"))
         log = self.note
         shipper = Shipper(self.sink, transport, files, store, config.log_dir, log=log)
         self._opened.callback(shipper.rewind)

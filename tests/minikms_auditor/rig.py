@@ -23,10 +23,10 @@ from minikms.audit.reader import each_segment
 from minikms.audit.record import peek_seq
 from minikms.memory import SecretArena
 from minikms_auditor.auditor import Auditor, Reporter, Status
-from minikms_auditor.config import Config, Files, parse_config
+from minikms_auditor.config import AuditorFiles, Config, parse_config
 from minikms_auditor.signers import open_signers
 from minikms_auditor.sinks import Shipper
-from minikms_auditor.store import Store
+from minikms_auditor.store import AuditorStore
 from minikms_auditor.witnesses import Witnesses
 from tests.harness import witness as cosigning
 from tests.minikms.audit.logmaker import KEY1, Clock, Key, open_log, write_events
@@ -130,12 +130,12 @@ class Rig:
 
     def start(self) -> Self:
         self.stop()
-        files = Files(self.base / "auditor.toml")
+        files = AuditorFiles(self.base / "auditor.toml")
         config = parse_config(self.config(), "auditor.toml")
         opened = self._opened
         signers = open_signers(config.origin, config.signers, files, self._arena)
         opened.callback(signers.close)
-        store = Store(config.state_dir, config.origin)
+        store = AuditorStore(config.state_dir, config.origin)
         opened.callback(store.close)
         witnesses = Witnesses(config.witness, files)
         opened.callback(witnesses.close)
@@ -147,7 +147,7 @@ class Rig:
     def note(self, event: str, why: str) -> None:
         self.logged.append((event, why))
 
-    def shippers(self, config: Config, store: Store) -> Sequence[Shipper]:
+    def shippers(self, config: Config, store: AuditorStore) -> Sequence[Shipper]:
         """The sinks of the auditor: none."""
         return ()
 
@@ -168,7 +168,7 @@ class Rig:
         return self.auditor.status()
 
     def vkey(self) -> str:
-        signers = open_signers(ORIGIN, ["file:auditor.key"], Files(self.base / "auditor.toml"), self._arena)
+        signers = open_signers(ORIGIN, ["file:auditor.key"], AuditorFiles(self.base / "auditor.toml"), self._arena)
         try:
             return signers.verifiers[0].text()
         finally:

@@ -13,7 +13,7 @@ import pytest
 from minikms.audit import tree
 from minikms.audit.export import tile_reader
 from minikms.audit.tiles import Tiles, TilesError, archive_path, tile_path
-from minikms_auditor.store import Line, State, Store
+from minikms_auditor.store import AuditorState, AuditorStore, TreeLine
 from tests.harness.disk_faults import failing_os
 from tests.minikms_auditor.killing import killed_before_call
 
@@ -25,16 +25,16 @@ LEAVES = [sha256(b"%d" % number).digest() for number in range(2 * WHOLE + 700)]
 
 def grow(directory: Path, size: int, leaves: Sequence[bytes] = LEAVES) -> None:
     """Make the tree in `directory` one of `size` leaves, without archives: as an earlier version has left it."""
-    with closing(Store(str(directory), ORIGIN)) as store:
+    with closing(AuditorStore(str(directory), ORIGIN)) as store:
         edge = store.edge.copy()
         for leaf in leaves[edge.size : size]:
             edge.append(leaf)
-        line = Line("0" * 32, size, bytes(32), bytes(32))
-        store.commit(edge, State(1, ORIGIN, size, edge.root(), line=line))
+        line = TreeLine("0" * 32, size, bytes(32), bytes(32))
+        store.commit(edge, AuditorState(1, ORIGIN, size, edge.root(), line=line))
 
 
 def archive(directory: Path) -> None:
-    with closing(Store(str(directory), ORIGIN)) as store:
+    with closing(AuditorStore(str(directory), ORIGIN)) as store:
         store.archive()
 
 
@@ -47,7 +47,7 @@ def assert_readable(directory: Path, size: int, leaves: Sequence[bytes] = LEAVES
     """By commands, which get a copy of the tree, and by the next start."""
     tiles = Tiles(tile_reader(directory / "tree"), size)
     assert list(tiles.leaves()) == leaves[:size]
-    with closing(Store(str(directory), ORIGIN)) as store:
+    with closing(AuditorStore(str(directory), ORIGIN)) as store:
         for index in (0, 255, 256, WHOLE - 1, size - 1):
             proof = tree.inclusion_proof(tiles.node, index, size)
             tree.check_inclusion(leaves[index], index, size, proof, store.state.root)

@@ -6,7 +6,7 @@ import pytest
 
 from minikms.api.errors import StartError
 from minikms.memory import SecretArena
-from minikms_auditor.config import Files, parse_config
+from minikms_auditor.config import AuditorFiles, parse_config
 from minikms_auditor.process import ARENA_SLOTS
 from minikms_auditor.signers import open_signers
 
@@ -97,9 +97,9 @@ def test_a_file_of_a_sink_among_the_auditors_own_is_refused(tmp_path: Path, path
     (tmp_path / "link").symlink_to("state")
     (tmp_path / "auditor.toml").write_text(sink('type = "file"', f'path = "{path}"'))
     with pytest.raises(StartError, match="the file of the sink 'siem' lies in"):
-        Files(tmp_path / "auditor.toml").config()
+        AuditorFiles(tmp_path / "auditor.toml").config()
     (tmp_path / "auditor.toml").write_text(sink('type = "file"', 'path = "statement"'))
-    Files(tmp_path / "auditor.toml").config()
+    AuditorFiles(tmp_path / "auditor.toml").config()
 
 
 def test_a_configuration_with_each_member_is_valid() -> None:
@@ -110,18 +110,18 @@ def test_a_configuration_with_each_member_is_valid() -> None:
 def test_questions_have_the_numbers_of_users_and_a_path_for_a_socket(tmp_path: Path) -> None:
     path = tmp_path / "auditor.toml"
     path.write_text(GOOD + '[questions]\nusers = ["root", 7, "root"]\nsocket = "q"')
-    questions = Files(path).config().questions
+    questions = AuditorFiles(path).config().questions
     assert questions is not None and (questions.uids, questions.socket) == (frozenset({0, 7}), str(tmp_path / "q"))
     for wrong, said in (('users = ["no.such.user"]', "no user"), (f'users = [1]\nsocket = "{"s" * 200}"', "socket")):
         path.write_text(f"{GOOD}[questions]\n{wrong}")
         with pytest.raises(StartError, match=said):
-            Files(path).config()
+            AuditorFiles(path).config()
 
 
 def test_two_signers_with_the_same_key_are_refused(tmp_path: Path) -> None:
     key = tmp_path / "auditor.key"
     key.write_text("5a" * 32)
     key.chmod(0o600)
-    files = Files(tmp_path / "auditor.toml")
+    files = AuditorFiles(tmp_path / "auditor.toml")
     with SecretArena(ARENA_SLOTS) as arena, pytest.raises(StartError, match="two signers have the same key"):
         open_signers("kms.example/audit", ["file:auditor.key"] * 2, files, arena)

@@ -18,7 +18,7 @@ import pytest
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.note import Signature, parse_checkpoint
 from minikms_auditor.signers import Signers
-from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
+from minikms_daemon.audit.maintenance import LogRetention, compress_closed, remove_segments
 from tests.harness import witness as cosigning
 from tests.minikms.audit.logmaker import open_log, write_events
 from tests.minikms_auditor.killing import InFile, a_step, forked, killed_before_call
@@ -147,7 +147,7 @@ def change_the_log(rig: Rig, chance: random.Random, taken_seq: int, truth: dict[
     log.sign_and_sync()
     truth |= {json.loads(line)["event"]["seq"]: line for line in rig.lines()}
     if chance.random() < 0.3:
-        remove_segments(log, Retention(bytes_max=8000, days_min=0), taken_seq)
+        remove_segments(log, LogRetention(bytes_max=8000, days_min=0), taken_seq)
     log.close()
     truth |= {json.loads(line)["event"]["seq"]: line for line in rig.lines()}
     if chance.random() < 0.3:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from minikms_auditor.config import HttpSink
-from minikms_auditor.sinks import Message, RefusedError, Transport
+from minikms_auditor.sinks import BatchRefusedError, SinkMessage, Transport
 from tests.minikms_auditor.receivers import ShippingRig
 
 RUNBOOK = Path(__file__).resolve().parents[2] / "docs" / "runbook.md"
@@ -17,8 +17,8 @@ RUN_S_MAX = 60
 class _Refusing(Transport):
     def deliver(self, messages: object) -> None:
         assert isinstance(messages, list)
-        if any(isinstance(each, Message) and each.event.seq == 7 for each in messages):
-            raise RefusedError("it answers 400")
+        if any(isinstance(each, SinkMessage) and each.event.seq == 7 for each in messages):
+            raise BatchRefusedError("it answers 400")
 
 
 def run(rig: ShippingRig, block: str) -> str:

@@ -8,7 +8,7 @@ from typing import Literal
 import pytest
 
 from minikms_auditor.config import FileSink
-from minikms_auditor.sinks import FileTransport, Message, RefusedError
+from minikms_auditor.sinks import BatchRefusedError, FileTransport, SinkMessage
 from tests.minikms_auditor.killing import killed_before_call
 from tests.minikms_auditor.receivers import ShippingRig
 
@@ -16,9 +16,9 @@ from tests.minikms_auditor.receivers import ShippingRig
 class _Choosy(FileTransport):
     """A file that refuses each seventh line for good."""
 
-    def deliver(self, messages: Sequence[Message]) -> None:
+    def deliver(self, messages: Sequence[SinkMessage]) -> None:
         if any(each.event.seq % 7 == 0 for each in messages):
-            raise RefusedError("it answers 400")
+            raise BatchRefusedError("it answers 400")
         super().deliver(messages)
 
 

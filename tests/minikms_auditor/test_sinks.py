@@ -16,9 +16,9 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms_auditor import command, sinks
 from minikms_auditor.collectors import Collector as HttpTransport
 from minikms_auditor.collectors import SplunkCollector
-from minikms_auditor.config import Files, FileSink, HttpSink, SplunkSink
+from minikms_auditor.config import AuditorFiles, FileSink, HttpSink, SplunkSink
 from minikms_auditor.metrics import AuditorCollector
-from minikms_auditor.sinks import REFUSED_IN_A_ROW_MAX, FileTransport, Message, RefusedError, Transport
+from minikms_auditor.sinks import REFUSED_IN_A_ROW_MAX, BatchRefusedError, FileTransport, SinkMessage, Transport
 from minikms_auditor.store import skip_line
 from tests.harness.certificates import SERVER, Authority
 from tests.minikms.audit.logmaker import KEY1, KEY2, Clock
@@ -49,9 +49,9 @@ class _Kept(Transport):
         """Bytes of each."""
         self.refuses = refuses
 
-    def deliver(self, messages: list[Message]) -> None:  # type: ignore[override]  # it gets one
+    def deliver(self, messages: list[SinkMessage]) -> None:  # type: ignore[override]  # it gets one
         if any(each.event.seq in self.refuses for each in messages):
-            raise RefusedError("it answers 400")
+            raise BatchRefusedError("it answers 400")
         self.got += [each.event.seq for each in messages]
         self.batches.append(sum(len(each.body) for each in messages))
 
@@ -489,4 +489,4 @@ def test_a_token_that_others_can_read_is_refused(tmp_path: Path) -> None:
         (tmp_path / "token").write_text(content)
         (tmp_path / "token").chmod(mode)
         with pytest.raises(Exception, match=said):
-            HttpTransport(sink, Files(tmp_path / "auditor.toml"))
+            HttpTransport(sink, AuditorFiles(tmp_path / "auditor.toml"))

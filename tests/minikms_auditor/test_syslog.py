@@ -10,7 +10,7 @@ import pytest
 from minikms.audit import record
 from minikms.audit.record import Event
 from minikms_auditor.config import SyslogSink
-from minikms_auditor.sinks import Message
+from minikms_auditor.sinks import SinkMessage
 from minikms_auditor.syslog import Syslog, frame
 from tests.harness.certificates import CLIENT, SERVER, Authority
 from tests.minikms.audit.logmaker import open_log
@@ -43,9 +43,9 @@ def ship_and_settle(rig: ShippingRig) -> str:
         time.sleep(SETTLE_S)
 
 
-def message_of(log_id: str, line: bytes) -> Message:
+def message_of(log_id: str, line: bytes) -> SinkMessage:
     event, _, sig = record.parse_line(line)
-    return Message(log_id, event, line, sig, b'{"log_id":"%b","seq":%d,%b' % (log_id.encode(), event.seq, line[1:]))
+    return SinkMessage(log_id, event, line, sig, b'{"log_id":"%b","seq":%d,%b' % (log_id.encode(), event.seq, line[1:]))
 
 
 def test_the_frame_is_the_one_of_the_specification() -> None:

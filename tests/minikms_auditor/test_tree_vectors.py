@@ -20,7 +20,7 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.note import WitnessPolicy, open_checkpoint, parse_vkey
 from minikms.audit.tiles import RightEdge, Tiles, tile_path
 from minikms.cli import audit, audit_tree
-from minikms_daemon.audit.maintenance import Retention, remove_segments
+from minikms_daemon.audit.maintenance import LogRetention, remove_segments
 from tests.minikms.audit.logmaker import KEY1, SECOND, open_log, write_events
 from tests.minikms_auditor.rig import Rig
 from tests.vectors import make_tree as independent
@@ -118,7 +118,7 @@ def test_the_tree_of_an_auditor_is_believed_by_the_page(tmp_path: Path, capfd: p
         log.sync.fdatasync()
         rig.steps()
         rig.clock.now += 3600 * SECOND
-        assert remove_segments(log, Retention(bytes_max=80_000, days_min=0))
+        assert remove_segments(log, LogRetention(bytes_max=80_000, days_min=0))
         log.close()
         rig.steps()
         tiles = rig.state_dir / "tree"

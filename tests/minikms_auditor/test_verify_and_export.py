@@ -15,7 +15,7 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.tiles import TilesError
 from minikms.cli import audit, audit_tree, receipt
 from minikms_auditor import command
-from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
+from minikms_daemon.audit.maintenance import LogRetention, compress_closed, remove_segments
 from tests.harness import witness as cosigning
 from tests.minikms.audit.logmaker import KEY1, KEY2, SECOND, open_log, write_events
 from tests.minikms.audit.make_vectors import make_receipt
@@ -174,7 +174,7 @@ def test_a_log_whose_first_segments_were_removed_needs_tiles(rig: Rig, verify: V
     rig.daemon.durable_seq = None
     rig.steps()
     rig.clock.now += 3600 * SECOND
-    assert remove_segments(log, Retention(bytes_max=4000, days_min=0))
+    assert remove_segments(log, LogRetention(bytes_max=4000, days_min=0))
     log.sign_and_sync()
     log.close()
     compress_closed(str(rig.log_dir))

@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from minikms.api.errors import StartError
 from minikms_gateway import certificates
-from minikms_gateway.certificates import Chain, Trust
-from minikms_gateway.config import Files, parse_config
+from minikms_gateway.certificates import CertificateChain, CertificateTrust
+from minikms_gateway.config import GatewayFiles, parse_config
 from minikms_gateway.reasons import RefusedCertificateError
 from tests.harness.certificates import Authority
 
@@ -67,18 +67,20 @@ trust_domains = ["prod"]
 
 
 @pytest.fixture
-def trust(tmp_path: Path, lists: list[CountedList]) -> Trust:
+def trust(tmp_path: Path, lists: list[CountedList]) -> CertificateTrust:
     (tmp_path / "ca.pem").write_bytes(ROOT.pem)
     (tmp_path / "ca.crl").write_bytes(ROOT.crl())
-    return Trust(parse_config(CONFIG, "test"), Files(tmp_path / "gateway.toml"))
+    return CertificateTrust(parse_config(CONFIG, "test"), GatewayFiles(tmp_path / "gateway.toml"))
 
 
-def chain(name: str) -> Chain:
+def chain(name: str) -> CertificateChain:
     issued = ROOT.issue(uris=[name])
-    return Chain(tuple(one.public_bytes(Encoding.DER) for one in (issued.certificate, ROOT.certificate)), b"")
+    return CertificateChain(
+        tuple(one.public_bytes(Encoding.DER) for one in (issued.certificate, ROOT.certificate)), b""
+    )
 
 
-def test_the_signature_of_a_list_is_verified_once(trust: Trust, lists: list[CountedList]) -> None:
+def test_the_signature_of_a_list_is_verified_once(trust: CertificateTrust, lists: list[CountedList]) -> None:
     """That and a search took 70 ms for a list of 8 MB. After new files one turn of the loop checks all connections."""
     for number in range(10):
         assert trust.identity(chain(f"spiffe://prod/{number}"), time.time()).name == f"spiffe://prod/{number}"
@@ -102,11 +104,11 @@ def test_a_list_of_a_part_or_of_changes_is_refused(
     (tmp_path / "ca.crl").write_bytes(builder.sign(ROOT.key, hashes.SHA256()).public_bytes(Encoding.PEM))
     (tmp_path / "ca.pem").write_bytes(ROOT.pem)
     with pytest.raises(StartError, match="of a part or of changes"):
-        Trust(parse_config(CONFIG, "test"), Files(tmp_path / "gateway.toml"))
+        CertificateTrust(parse_config(CONFIG, "test"), GatewayFiles(tmp_path / "gateway.toml"))
 
 
-def test_a_certificate_that_is_not_der_is_refused(trust: Trust) -> None:
+def test_a_certificate_that_is_not_der_is_refused(trust: CertificateTrust) -> None:
     good = chain("spiffe://prod/x")
     with pytest.raises(RefusedCertificateError) as refused:
-        trust.identity(Chain((b"\x30\x80", *good.certificates[1:]), b""), time.time())
+        trust.identity(CertificateChain((b"\x30\x80", *good.certificates[1:]), b""), time.time())
     assert refused.value.reason == "certificate"

@@ -7,8 +7,8 @@ import pytest
 
 from minikms.api.errors import StartError
 from minikms_gateway import process
-from minikms_gateway.certificates import Trust
-from minikms_gateway.config import Config, Files
+from minikms_gateway.certificates import CertificateTrust
+from minikms_gateway.config import Config, GatewayFiles
 from minikms_gateway.process import Loader
 from tests.harness.certificates import SERVER, Authority, replace
 
@@ -49,8 +49,8 @@ def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
     loaded = loader.load()
     assert loader.signature(loaded.config) == loaded.signature
 
-    def read_and_replace(config: Config, files: Files) -> Trust:
-        trust = Trust(config, files)
+    def read_and_replace(config: Config, files: GatewayFiles) -> CertificateTrust:
+        trust = CertificateTrust(config, files)
         replace(tmp_path / "clients.pem", Authority("another root").pem)
         return trust
 

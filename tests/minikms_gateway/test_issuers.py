@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from minikms_gateway import issuers
-from minikms_gateway.config import JWKS_BYTES_MAX, Config, Files, parse_config
+from minikms_gateway.config import JWKS_BYTES_MAX, Config, GatewayFiles, parse_config
 from minikms_gateway.issuers import Issuers
 from minikms_gateway.reasons import IssuerUnavailableError, RefusedTokenError
 from tests.harness.certificates import SERVER, Authority
@@ -93,7 +93,7 @@ def configuration(server: IssuerServer, *others: str) -> Config:
 async def issuers_of(server: IssuerServer, directory: Path, *others: str) -> AsyncIterator[tuple[Issuers, list[str]]]:
     """The issuers of a configuration, and the reasons why nothing was fetched."""
     why: list[str] = []
-    files = Files(directory / "gateway.toml")
+    files = GatewayFiles(directory / "gateway.toml")
     yield Issuers(configuration(server, *others), files, log=lambda issuer, reason: why.append(reason)), why
 
 
@@ -266,7 +266,7 @@ async def test_files_that_change_keep_the_keys_that_their_ca_vouches_for(
             await principal(made, token)
         if when == "fetched, and now another CA":
             (tmp_path / "ca.pem").write_bytes(Authority("another root").pem)
-        new = Issuers(configuration(server), Files(tmp_path / "gateway.toml"), log=lambda issuer, reason: None)
+        new = Issuers(configuration(server), GatewayFiles(tmp_path / "gateway.toml"), log=lambda issuer, reason: None)
         new.take_over(made)
         if when == "fetched, and now another CA":
             with pytest.raises(IssuerUnavailableError):

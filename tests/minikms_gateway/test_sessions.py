@@ -10,8 +10,8 @@ import pytest
 from minikms.http import LIMITS, TOO_MANY_CONNECTIONS, ParsedHead, Request
 from minikms.http.head import parse_head
 from minikms_gateway import application
-from minikms_gateway.application import Gateway, Session, State
-from minikms_gateway.certificates import Chain, Identity, Trust
+from minikms_gateway.application import Gateway, GatewaySession, GatewayState
+from minikms_gateway.certificates import CertificateChain, CertificateTrust, Identity
 from minikms_gateway.issuers import Issuers
 from minikms_gateway.reasons import Refusals, RefusedCertificateError
 from minikms_gateway.tokens import Verified
@@ -20,13 +20,13 @@ from minikms_gateway.upstream import Upstream
 CONNECTIONS_MAX = 8
 
 
-class NamedTrust(Trust):
+class NamedTrust(CertificateTrust):
     """Accepts each chain as the name that is its only certificate; refuses the name `bad`."""
 
     def __init__(self) -> None:
         self.until = time.time() + 600
 
-    def identity(self, chain: Chain, now: float) -> Identity:
+    def identity(self, chain: CertificateChain, now: float) -> Identity:
         [name] = chain.certificates
         if name == b"bad" or now >= self.until:
             raise RefusedCertificateError("revoked")
@@ -72,7 +72,7 @@ def issuers() -> Iterator[NamedIssuers]:
 @pytest.fixture
 def gateway(trust: NamedTrust, issuers: NamedIssuers, refusals: Refusals, monkeypatch: pytest.MonkeyPatch) -> Gateway:
     monkeypatch.setattr(application, "chain_of", lambda tls: tls)
-    state = State(trust, cast(Issuers, issuers), 1)
+    state = GatewayState(trust, cast(Issuers, issuers), 1)
     return Gateway(state, cast(Upstream, UnusedUpstream()), refusals, connections_max=CONNECTIONS_MAX)
 
 
@@ -97,7 +97,9 @@ class Peer:
 def opened(gateway: Gateway, name: str, peer: Peer | None = None) -> Any:
     """A session with that name, or without a certificate if it is empty."""
     peer = peer or Peer()
-    return gateway.open_session(cast(Any, peer), cast(Any, Chain((name.encode(),), b"") if name else None), peer)
+    return gateway.open_session(
+        cast(Any, peer), cast(Any, CertificateChain((name.encode(),), b"") if name else None), peer
+    )
 
 
 def head(line: str, *headers: str) -> ParsedHead:
@@ -121,7 +123,7 @@ def test_of_too_many_unknown_peers_the_oldest_of_the_busiest_address_ends(
     opened(gateway, unproven, other)
     flood = [Peer() for _ in range(3 * UNPROVEN_MAX)]
     for peer in flood:
-        assert isinstance(opened(gateway, unproven, peer), Session)
+        assert isinstance(opened(gateway, unproven, peer), GatewaySession)
     assert [peer.aborted for peer in flood] == [True] * (2 * UNPROVEN_MAX + 1) + [False] * (UNPROVEN_MAX - 1)
     assert (other.aborted, refusals.counts["connections"]) == (False, 2 * UNPROVEN_MAX + 1)
 
@@ -165,9 +167,9 @@ def test_a_token_of_a_connection_that_has_ended_takes_no_place_of_its_name(gatew
 def test_a_name_gets_half_of_the_connections(gateway: Gateway) -> None:
     sessions = [opened(gateway, "spiffe://prod/x") for _ in range(CONNECTIONS_MAX // 2)]
     assert opened(gateway, "spiffe://prod/x") is TOO_MANY_CONNECTIONS
-    assert isinstance(opened(gateway, "spiffe://prod/y"), Session)
+    assert isinstance(opened(gateway, "spiffe://prod/y"), GatewaySession)
     gateway.close_session(sessions[0])
-    assert isinstance(opened(gateway, "spiffe://prod/x"), Session)
+    assert isinstance(opened(gateway, "spiffe://prod/x"), GatewaySession)
 
 
 @pytest.mark.parametrize("unproven", ["", "bad"])
@@ -185,7 +187,7 @@ def test_a_certificate_that_has_become_bad_is_counted_once(
 ) -> None:
     session = opened(gateway, "spiffe://prod/x")
     trust.until = 0.0
-    gateway.use(State(trust, None, 2))
+    gateway.use(GatewayState(trust, None, 2))
     assert [gateway.may_stay(session) for _ in range(3)] == [False] * 3
     assert refusals.counts["revoked"] == 1
 

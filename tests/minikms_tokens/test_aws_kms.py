@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePub
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
-from minikms_tokens import AwayError, RefusedError, TokenError, open_signer, open_wrapper
+from minikms_tokens import AwayError, TokenError, UnwrapRefusedError, open_signer, open_wrapper
 from minikms_tokens.wrapping import ProviderCalls
 from tests import needs
 from tests.harness.aws_kms import REGION, AwsKms, aws_kms
@@ -98,11 +98,11 @@ def test_a_root_key_opens_under_its_key_and_context_only(service: AwsKms) -> Non
     assert unwrapped(open_wrapper(f"aws-kms:{arn}"), blob) == KEY
     assert service.client().decrypt(CiphertextBlob=blob[1:], EncryptionContext={"minikms": CONTEXT})["KeyId"] == arn
     for context, changed in (("kr_other", blob), (CONTEXT, blob[:-1] + bytes([blob[-1] ^ 1]))):
-        with pytest.raises(RefusedError, match="AWS KMS refuses the key: InvalidCiphertextException"):
+        with pytest.raises(UnwrapRefusedError, match="AWS KMS refuses the key: InvalidCiphertextException"):
             unwrapped(wrapper, changed, context)
-    with pytest.raises(RefusedError, match="AccessDeniedException"):
+    with pytest.raises(UnwrapRefusedError, match="AccessDeniedException"):
         unwrapped(open_wrapper(f"aws-kms:{other}"), blob)
-    with pytest.raises(RefusedError, match="NotFoundException"):
+    with pytest.raises(UnwrapRefusedError, match="NotFoundException"):
         unwrapped(open_wrapper(f"aws-kms:{arn[:-4]}0000"), blob)
     for wrong in (b"", b"\x01", b"\x02" + blob[1:], b"\x01" + bytes(16 * 1024)):
         with pytest.raises(AwayError, match="no wrapped key of AWS KMS"):
@@ -112,10 +112,10 @@ def test_a_root_key_opens_under_its_key_and_context_only(service: AwsKms) -> Non
 @pytest.mark.parametrize(
     ("status", "code", "kind"),
     [
-        (400, "DisabledException", RefusedError),
-        (400, "IncorrectKeyException", RefusedError),
-        (400, "InvalidGrantTokenException", RefusedError),
-        (400, "KMSInvalidStateException", RefusedError),
+        (400, "DisabledException", UnwrapRefusedError),
+        (400, "IncorrectKeyException", UnwrapRefusedError),
+        (400, "InvalidGrantTokenException", UnwrapRefusedError),
+        (400, "KMSInvalidStateException", UnwrapRefusedError),
         (400, "ExpiredTokenException", AwayError),
         (400, "UnrecognizedClientException", AwayError),
         (400, "ThrottlingException", AwayError),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from minikms_tokens import AwayError, RefusedError, TokenError, Wrapper, open_wrapper
+from minikms_tokens import AwayError, TokenError, UnwrapRefusedError, Wrapper, open_wrapper
 from minikms_tokens.wrapping import ProviderCalls
 from tests import needs
 from tests.harness.hsm import PIN, Remote, Token, run
@@ -140,9 +140,9 @@ def replace_key(token: Token) -> None:
 
 
 OUTCOMES: list[tuple[Callable[[Token], object], type[TokenError], str]] = [
-    (lambda token: token.write_pin("wrong-pin-1"), RefusedError, "refused the PIN"),
-    (delete_key, RefusedError, "no keys"),
-    (forbid_decrypting, RefusedError, "not permitted to decrypt"),
+    (lambda token: token.write_pin("wrong-pin-1"), UnwrapRefusedError, "refused the PIN"),
+    (delete_key, UnwrapRefusedError, "no keys"),
+    (forbid_decrypting, UnwrapRefusedError, "not permitted to decrypt"),
     (replace_key, AwayError, "does not decrypt this wrapped key: GeneralError"),
     (lambda token: token.make_secret("wrap"), AwayError, "2 keys"),
     (lambda token: token.pin_file.unlink(), AwayError, "the PIN file"),
@@ -169,9 +169,9 @@ def test_what_the_token_itself_says_is_a_refusal_and_nothing_else(
 @pytest.mark.parametrize(
     ("name", "error"),
     [
-        ("EncryptedDataInvalid", RefusedError),
-        ("EncryptedDataLenRange", RefusedError),
-        ("FunctionRejected", RefusedError),
+        ("EncryptedDataInvalid", UnwrapRefusedError),
+        ("EncryptedDataLenRange", UnwrapRefusedError),
+        ("FunctionRejected", UnwrapRefusedError),
         ("DeviceRemoved", AwayError),
         ("DeviceError", AwayError),
         ("GeneralError", AwayError),
@@ -206,7 +206,7 @@ def test_a_wrong_pin_is_tried_once_and_the_last_try_is_no_refusal(
     monkeypatch.setattr(pkcs11_token, "_LAST_TRY", pkcs11.TokenFlag.USER_PIN_COUNT_LOW)
     token.write_pin("wrong-pin-1")
     for _ in range(2):
-        with pytest.raises(RefusedError, match="refused the PIN"):
+        with pytest.raises(UnwrapRefusedError, match="refused the PIN"):
             unwrapped(wrapper, blob)
     token.write_pin(PIN)
     with pytest.raises(AwayError, match="would lock"):

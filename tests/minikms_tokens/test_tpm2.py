@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms_tokens import AwayError, RefusedError, TokenError, open_wrapper, tpm2
+from minikms_tokens import AwayError, TokenError, UnwrapRefusedError, open_wrapper, tpm2
 from tests import needs
 from tests.harness.tpm import Tpm
 from tests.minikms_tokens.wrappers import KEY, unwrapped, wrap
@@ -75,7 +75,7 @@ def test_the_parent_is_the_standard_storage_root_key(own: Tpm, tmp_path: Path) -
     own.tool("evictcontrol", "-C", "o", "-c", made, "0x81000001")
     blob = wrap(open_wrapper(own.source()))
     assert unwrapped(open_wrapper(own.source("parent=0x81000001")), blob) == KEY
-    with pytest.raises(RefusedError, match="no key at the handle"):
+    with pytest.raises(UnwrapRefusedError, match="no key at the handle"):
         unwrapped(open_wrapper(own.source("parent=0x81000002")), blob)
 
 
@@ -91,7 +91,7 @@ def test_no_cut_or_changed_blob_reaches_the_tpm() -> None:
 def test_a_changed_sealed_object_opens_nothing(shared: Tpm) -> None:
     blob = wrap(open_wrapper(shared.source()))
     for at in (UNIQUE, PRIVATE + 40, len(blob) - 1):
-        with pytest.raises(RefusedError, match="the TPM does not open this wrapped key"):
+        with pytest.raises(UnwrapRefusedError, match="the TPM does not open this wrapped key"):
             unwrapped(open_wrapper(shared.source()), flipped(blob, at))
     assert shared.left() == b""
 
@@ -149,10 +149,10 @@ def restart(tpm: Tpm) -> None:
 
 OUTCOMES: list[tuple[Callable[[Tpm], object], type[TokenError] | None, str]] = [
     (lambda tpm: tpm.tool("pcrextend", "9:sha256=" + 64 * "a"), None, ""),
-    (lambda tpm: tpm.tool("pcrextend", "16:sha256=" + 64 * "a"), RefusedError, "the PCRs of the TPM"),
+    (lambda tpm: tpm.tool("pcrextend", "16:sha256=" + 64 * "a"), UnwrapRefusedError, "the PCRs of the TPM"),
     (restart, None, ""),
     (lambda tpm: tpm.tool("changeauth", "-c", "o", "abc"), AwayError, "asks for a password"),
-    (lambda tpm: tpm.tool("clear"), RefusedError, "the TPM was cleared"),
+    (lambda tpm: tpm.tool("clear"), UnwrapRefusedError, "the TPM was cleared"),
     (lambda tpm: tpm.tool("hierarchycontrol", "-C", "p", "shEnable", "clear"), AwayError, "failed with 0x185$"),
     (lambda tpm: tpm.stop(), AwayError, "the TPM is away: tpm2_createprimary failed$"),
 ]
@@ -172,7 +172,7 @@ def test_what_the_tpm_itself_says_is_a_refusal_and_nothing_else(own: Tpm) -> Non
 
 
 def test_a_blob_of_another_tpm_is_refused(shared: Tpm, own: Tpm) -> None:
-    with pytest.raises(RefusedError, match="another TPM sealed it"):
+    with pytest.raises(UnwrapRefusedError, match="another TPM sealed it"):
         unwrapped(open_wrapper(own.source()), wrap(open_wrapper(shared.source())))
     assert own.left() == b""
 

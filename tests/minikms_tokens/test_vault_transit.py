@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms_tokens import AwayError, RefusedError, TokenError, open_wrapper
+from minikms_tokens import AwayError, TokenError, UnwrapRefusedError, open_wrapper
 from minikms_tokens.wrapping import ProviderCalls
 from tests.harness.callers import Caller
 from tests.harness.gateways import POLICY, Pair
@@ -54,9 +54,9 @@ def test_another_minikms_opens_a_root_key_for_a_certificate(pair: Pair, tmp_path
         assert blob.startswith(b"\x01vault:v1:") and KEY not in base64.b64decode(blob[10:])
         assert unwrapped(open_wrapper(source(pair, tmp_path, name)), blob) == KEY
         for context, changed in (("kr_other", blob), (CONTEXT, blob[:40] + b"AAAA" + blob[44:])):
-            with pytest.raises(RefusedError, match="refuses: cipher: message authentication failed"):
+            with pytest.raises(UnwrapRefusedError, match="refuses: cipher: message authentication failed"):
                 unwrapped(wrapper, changed, context)
-        with pytest.raises(RefusedError, match="encryption key not found"):
+        with pytest.raises(UnwrapRefusedError, match="encryption key not found"):
             unwrapped(open_wrapper(source(pair, tmp_path, "unknown")), blob)
     for wrong in (b"", b"\x02" + blob[1:], blob[1:], blob + b"\n", b"\x01vault:v1:"):
         with pytest.raises(AwayError, match="no wrapped key of a transit engine"):
@@ -71,7 +71,7 @@ def test_a_token_is_read_anew_at_each_call(pair: Pair, tmp_path: Path) -> None:
     token_file.chmod(0o640)
     blob = wrap(wrapper)
     token_file.write_text(ISSUER.token(exp=1))
-    with pytest.raises(RefusedError, match="permission denied"):
+    with pytest.raises(UnwrapRefusedError, match="permission denied"):
         unwrapped(wrapper, blob)
     token_file.write_text(ISSUER.token())
     assert unwrapped(wrapper, blob) == KEY
@@ -83,7 +83,7 @@ def test_what_the_other_minikms_takes_back_is_refused(tmp_path: Path) -> None:
         wrapper = open_wrapper(source(pair, tmp_path, "root"))
         blob = wrap(wrapper)
         pair.daemon.use_policy(POLICY.replace('"decrypt", "data_key", "monitor"]', '"data_key", "monitor"]'))
-        with pytest.raises(RefusedError, match="permission denied"):
+        with pytest.raises(UnwrapRefusedError, match="permission denied"):
             unwrapped(wrapper, blob)
         pair.daemon.use_policy(POLICY)
         assert unwrapped(wrapper, blob) == KEY
@@ -91,7 +91,7 @@ def test_what_the_other_minikms_takes_back_is_refused(tmp_path: Path) -> None:
         [key] = owner.get("/keys?thread_id=transit.root").body["keys"]
         for verb, body in (("retire", {}), ("destroy", {"key_id": key["key_id"]})):
             assert owner.post(f"/keys/{key['key_id']}/{verb}", body).status == 200
-        with pytest.raises(RefusedError, match="encryption key not found"):
+        with pytest.raises(UnwrapRefusedError, match="encryption key not found"):
             unwrapped(wrapper, blob)
         assert owner.post("/seal", {}).status == 200
         with pytest.raises(AwayError, match="answers with status 503"):
@@ -121,12 +121,12 @@ def replayed(directory: Path, port: int, *, files: str = "", host: str = "localh
 @pytest.mark.parametrize(
     ("status", "errors", "kind"),
     [
-        (403, ["permission denied"], RefusedError),
-        (403, ["2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n"], RefusedError),
-        (400, ["encryption key not found"], RefusedError),
-        (400, ["ciphertext or signature version is disallowed by policy (too old)"], RefusedError),
-        (400, ["1 error occurred:\n\t* invalid ciphertext: unable to decrypt\n\n"], RefusedError),
-        (404, ['no handler for route "transit/decrypt/root". route entry not found.'], RefusedError),
+        (403, ["permission denied"], UnwrapRefusedError),
+        (403, ["2 errors occurred:\n\t* permission denied\n\t* invalid token\n\n"], UnwrapRefusedError),
+        (400, ["encryption key not found"], UnwrapRefusedError),
+        (400, ["ciphertext or signature version is disallowed by policy (too old)"], UnwrapRefusedError),
+        (400, ["1 error occurred:\n\t* invalid ciphertext: unable to decrypt\n\n"], UnwrapRefusedError),
+        (404, ['no handler for route "transit/decrypt/root". route entry not found.'], UnwrapRefusedError),
         (403, [], AwayError),
         (403, "permission denied", AwayError),
         (404, [], AwayError),

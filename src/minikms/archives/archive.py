@@ -69,7 +69,7 @@ class AuditHead(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sig: str
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ArchiveManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The last entry. `unreadable`: keys that are not in the archive, since their files could not be read.
 
     No key that existed when the archive was made has a larger id than `newest_key_id`.
@@ -118,7 +118,7 @@ class ArchiveWriter:
         self._write(_NAME_LENGTH.pack(len(encoded)) + encoded + _SIZE.pack(len(content)))
         self._write(content)
 
-    def finish(self, manifest: Manifest, keys: Sequence[TagKey]) -> None:
+    def finish(self, manifest: ArchiveManifest, keys: Sequence[TagKey]) -> None:
         """Writes the manifest, which is the last entry, the slots, and the tag of each over all before the tags."""
         self.add(MANIFEST, msgspec.json.encode(manifest))
         self._write(_NAME_LENGTH.pack(0) + _short(manifest.keyring_id) + bytes([len(keys)]))
@@ -181,7 +181,7 @@ class ArchiveReader:
         if len(self._part) != len(self._slots) * TAG_BYTES:
             raise ArchiveError("the backup is cut short, or something was added to it")
 
-    def check_tag(self, root: memoryview, arena: SecretArena) -> Manifest:
+    def check_tag(self, root: memoryview, arena: SecretArena) -> ArchiveManifest:
         """The manifest, after the root key's tag over the whole archive was checked. Raises ArchiveError."""
         if not self._manifest or not self._tags:
             raise ArchiveError("the backup is cut short")
@@ -254,9 +254,9 @@ def _kind(name: str) -> tuple[int, str]:
     return _SIZES[name], ""
 
 
-def _manifest(content: bytes) -> Manifest:
+def _manifest(content: bytes) -> ArchiveManifest:
     try:
-        return msgspec.json.decode(content, type=Manifest)
+        return msgspec.json.decode(content, type=ArchiveManifest)
     except UNDECODABLE:
         raise ArchiveError("the backup's manifest is damaged, or of another version of miniKMS") from None
 

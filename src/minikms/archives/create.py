@@ -27,11 +27,11 @@ from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableEr
 from minikms.archives.archive import (
     UNREADABLE_COUNT_MAX,
     ArchiveError,
+    ArchiveManifest,
     ArchiveReader,
     ArchiveWriter,
     AuditHead,
     Entry,
-    Manifest,
     TagKey,
     dek_entry_name,
     open_archive,
@@ -79,7 +79,7 @@ class VerifiedArchive(NamedTuple):
     retired then, and may have been destroyed since.
     """
 
-    manifest: Manifest
+    manifest: ArchiveManifest
     keyring: bytes
     sha256: bytes
     tombstones: list[Tombstone]
@@ -198,7 +198,11 @@ def _tombstones(content: bytes | None, unlocked: UnlockedKeyring) -> list[Tombst
 
 
 def _check_entries(
-    entries: Iterator[Entry], manifest: Manifest, unlocked: UnlockedKeyring, destroyed: Container[str], task: Task
+    entries: Iterator[Entry],
+    manifest: ArchiveManifest,
+    unlocked: UnlockedKeyring,
+    destroyed: Container[str],
+    task: Task,
 ) -> RetiredKeys:
     """Checks that each key unwraps unless it was destroyed."""
     keys = retired = 0
@@ -254,7 +258,7 @@ def _write(file: BinaryIO, data_dir: str, task: Task, new: NewArchive) -> None:
     if stones is not None:
         writer.add(tombstone_file.NAME, stones)
     with task.open_keyring(data) as unlocked:
-        manifest = Manifest(
+        manifest = ArchiveManifest(
             archive_id=new.archive_id,
             created_at=new.created_at,
             keyring_id=unlocked.body.keyring_id,

@@ -38,7 +38,7 @@ class Target(NamedTuple):
     source: RegisteredArchive
 
 
-class Restored(NamedTuple):
+class RestoredArchive(NamedTuple):
     """`keys`: restored ones. `left_out`: keys of the archive that have a tombstone. `epoch`: of the new keyring.
 
     `roots`: the fingerprints of the root keys that open it. `roots_removed`: those that the newer keyring has no more.
@@ -93,7 +93,7 @@ def restore(
     begin_log: Callable[[], None],
     at: str,
     newer: NewerKeyring | None = None,
-) -> Restored:
+) -> RestoredArchive:
     """Writes the archive at `path` into `target`. `unlocked` is the keyring of the archive. `begin_log` writes the
     first lines of the audit log, durably, under the keyring that is stored next.
 
@@ -110,7 +110,7 @@ def restore(
     begin_log()
     replace_file(target.directory_fd, keyring_file.NAME, unlocked.encode(body))
     roots = [slot.fingerprint for slot in body.slots]
-    return Restored(keys, good.manifest.keys - keys, body.epoch, roots, removed)
+    return RestoredArchive(keys, good.manifest.keys - keys, body.epoch, roots, removed)
 
 
 def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: AuditHead | None, *, at: str) -> list[str]:

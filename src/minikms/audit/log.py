@@ -31,7 +31,7 @@ from minikms.api.base64 import encode_text
 from minikms.api.errors import AuditUnavailableError
 from minikms.audit import record
 from minikms.audit.chain import AuditKey
-from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
+from minikms.audit.record import ACTOR_SELF, Event, Facts, LineRef
 from minikms.audit.repair import AuditKeys, ExpectedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
 from minikms.platform.append_only import UNCONFIRMED_BYTES_MAX
@@ -106,11 +106,11 @@ class LogSync:
             raise AuditUnavailableError("the disk did not confirm the audit log") from error
         self._confirm(head)
 
-    def _confirm(self, head: Head) -> None:
+    def _confirm(self, head: LineRef) -> None:
         with self._synced_lock:
             self._synced = max(self._synced, head, key=lambda line: line.seq)
 
-    def durable_line(self) -> Head:
+    def durable_line(self) -> LineRef:
         """The last line that is on the disk for certain. Records it, so that a later call gives no earlier line: a
         rotation syncs by itself."""
         if not self.dirty:
@@ -247,7 +247,7 @@ class AuditLog:
             return True
         return False
 
-    def sign_and_sync(self) -> Head:
+    def sign_and_sync(self) -> LineRef:
         """Write what is queued, sign it, wait for the disk, and return the head. Raises AuditUnavailableError."""
         self.commit()
         ts = self.now_ns()
@@ -291,7 +291,7 @@ class AuditLog:
                 raise
         self._next_key = None
 
-    def hold(self) -> Head:
+    def hold(self) -> LineRef:
         """Write what is queued, sign it, and return the head. It stays the last line until `change_key` or `release`: a
         keyring that names it may be on its way to disk. Queued events stay queued; a commit of any fails.
 

@@ -27,8 +27,8 @@ from minikms.audit.reader import (
     list_segments,
     newest_first,
 )
-from minikms.audit.record import Event, Head, MalformedLineError, line_start
-from minikms.audit.rules import Report, Trust
+from minikms.audit.record import Event, LineRef, MalformedLineError, line_start
+from minikms.audit.rules import Trust, VerificationReport
 from minikms.audit.verify import Verifier
 
 NEAR_BYTES: Final = 1024 * 1024
@@ -240,10 +240,10 @@ def verify_directory(
     directory: str,
     trust: Trust,
     *,
-    expect_head: Head | None = None,
+    expect_head: LineRef | None = None,
     from_checkpoint: int = 0,
     progress: Progress | None = None,
-) -> Report:
+) -> VerificationReport:
     """Verify the log in `directory`.
 
     from_checkpoint: seq of a signed line (`checkpoint`, `segment_close`, `audit_key`) to begin with; earlier lines are

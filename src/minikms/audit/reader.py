@@ -10,7 +10,7 @@ moment, with the same content; the plain one counts. Invariants:
   and is the last one.
 - A compressed file is exactly one zstd frame (RFC 8878) with a checksum. `frame_fault` checks that before reading,
   because a decompressor that reads a stream ends without an error where the file ends, also within a frame.
-- `Follower` returns whole lines only, each once, in the order of the files.
+- `LogFollower` returns whole lines only, each once, in the order of the files.
 
 It must never write into a file, judge a line, take a lock, wait for the log, follow a symbolic link, open what is not a
 regular file, or touch a file of another name.
@@ -369,7 +369,7 @@ def _number_of(file: SegmentFile) -> int:
     return segment if isinstance(segment, int) else 0
 
 
-class Follower:
+class LogFollower:
     """Follows the log from the line after `after_seq` on. `close` it when done.
 
     after_segment: number of a segment that ends before that line.

@@ -106,7 +106,7 @@ class Event(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fie
     facts: Facts = {}
 
 
-class Head(msgspec.Struct, frozen=True):
+class LineRef(msgspec.Struct, frozen=True):
     """A position in a log: a line's `seq` and its 32-byte MAC. The head of a log is that of its last line."""
 
     seq: int

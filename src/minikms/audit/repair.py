@@ -37,7 +37,7 @@ from minikms.audit import chain, reader, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.queries import line_of
 from minikms.audit.reader import DIRECTORY_MODE, LOG_NAME, NEXT_NAME, DamagedSegmentError, list_segments, segment_name
-from minikms.audit.record import ACTOR_SELF, Event, Facts, Head, MalformedLineError
+from minikms.audit.record import ACTOR_SELF, Event, Facts, LineRef, MalformedLineError
 from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier
 from minikms.platform import append_only
@@ -74,7 +74,7 @@ class LogEnd(msgspec.Struct):
     fault: str = ""
     first_ts: int = 0
     first_seq: int = 0
-    head: Head = Head(0, record.ZERO_MAC)
+    head: LineRef = LineRef(0, record.ZERO_MAC)
     coverage: Coverage = msgspec.field(default_factory=Coverage)
     log_id: str = ""
     key_version: int = 0
@@ -192,7 +192,7 @@ class ExpectedLog(msgspec.Struct, frozen=True):
     """
 
     exists: bool = False
-    head: Head | None = None
+    head: LineRef | None = None
     if_restored: str = IF_RESTORED
 
 
@@ -226,7 +226,7 @@ class OpenedLog(msgspec.Struct):
 
     fd: int
     size: int
-    head: Head
+    head: LineRef
     coverage: Coverage
     log_id: bytes
     segment: int

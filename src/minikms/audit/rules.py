@@ -1,7 +1,7 @@
 """Trust anchors, findings and report of a verification, and its rules about the chain and the audit key.
 
-Owns: `Trust`, `Finding` and `Report`; rules 4 and 5 of `minikms.audit.verify` (`ChainTracker`: `seq` and MAC) and rules
-8 and 9 (`KeyTracker`: signatures and changes of the audit key). Invariants:
+Owns: `Trust`, `Finding` and `VerificationReport`; rules 4 and 5 of `minikms.audit.verify` (`ChainTracker`: `seq` and
+MAC) and rules 8 and 9 (`KeyTracker`: signatures and changes of the audit key). Invariants:
 
 - A report is intact only if there is no finding, and a MAC or a signature covers the lines that were verified.
 - A line whose `seq` is not the next one is a finding. It enters the chain only if a later line shows its position. Each
@@ -25,7 +25,7 @@ import msgspec
 from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import PUBLIC_KEY_BYTES, SIGNATURE_BYTES, signature_is_valid
-from minikms.audit.record import Event, Facts, Head
+from minikms.audit.record import Event, Facts, LineRef
 
 FINDINGS_COUNT_MAX: Final = 100
 """Findings that are kept with their text. Further findings are only counted."""
@@ -59,7 +59,7 @@ class Trust(msgspec.Struct, frozen=True):
 
     public_keys: frozenset[bytes]
     mac_keys: Mapping[int, memoryview] = {}
-    since: Mapping[int, Head] = {}
+    since: Mapping[int, LineRef] = {}
 
 
 class Finding(msgspec.Struct):
@@ -76,7 +76,7 @@ AddFinding = Callable[[Kind, int, str], Finding]
 """Makes a finding from its kind, the seq of the line, and a sentence without a full stop."""
 
 
-class Report(msgspec.Struct):
+class VerificationReport(msgspec.Struct):
     """The result of a verification.
 
     lines, lines_not_covered, lines_after_expected_head: numbers of lines; the last is None if no head was expected.
@@ -91,7 +91,7 @@ class Report(msgspec.Struct):
     lines: int
     first_seq: int
     from_signed_line: bool
-    head: Head | None
+    head: LineRef | None
     log_id: str
     segments: int
     checkpoints: int
@@ -135,7 +135,7 @@ class ChainTracker:
         self._mac_keys = mac_keys
         self._add_finding = add_finding
         self.key_version = 0
-        self.head: Head | None = None
+        self.head: LineRef | None = None
         self.previous_sig: bytes | None = None
         """MAC of the line before `head`, None if it is not known."""
         self._sig: bytes | None = None
@@ -152,11 +152,11 @@ class ChainTracker:
         return 1 if self.head is None else self.head.seq + 1
 
     @property
-    def last(self) -> Head | None:
+    def last(self) -> LineRef | None:
         """The last line of the log, even if it did not continue the chain."""
         misplaced = self._misplaced
         if misplaced is not None and misplaced.sig is not None and misplaced.seq >= self.expected:
-            return Head(misplaced.seq, misplaced.sig)
+            return LineRef(misplaced.seq, misplaced.sig)
         return self.head
 
     def begin(self, seq: int, event_bytes: bytes, sig: bytes, previous: bytes | None) -> None:
@@ -189,7 +189,7 @@ class ChainTracker:
     def _enter(self, seq: int, sig: bytes | None) -> None:
         if self.head is not None:
             self.previous_sig = self._sig
-        self.head = Head(seq, record.ZERO_MAC if sig is None else sig)
+        self.head = LineRef(seq, record.ZERO_MAC if sig is None else sig)
         self._sig = sig
 
     def _explain(self, misplaced: _Misplaced, event: Event, event_bytes: bytes, sig: bytes) -> None:

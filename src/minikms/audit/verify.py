@@ -37,7 +37,7 @@ from typing import Final
 from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import record
 from minikms.audit.chain import Coverage, KeyState
-from minikms.audit.record import Event, Facts, Head, MalformedLineError
+from minikms.audit.record import Event, Facts, LineRef, MalformedLineError
 from minikms.audit.rules import (
     FINDINGS_COUNT_MAX,
     FINDINGS_COUNTED_MAX,
@@ -45,8 +45,8 @@ from minikms.audit.rules import (
     Finding,
     KeyTracker,
     Kind,
-    Report,
     Trust,
+    VerificationReport,
     whole_number,
 )
 
@@ -89,7 +89,7 @@ class Verifier:
     lines before it.
     """
 
-    def __init__(self, trust: Trust, *, expect_head: Head | None = None, from_signed_line: bool = False) -> None:
+    def __init__(self, trust: Trust, *, expect_head: LineRef | None = None, from_signed_line: bool = False) -> None:
         self._trust = trust
         self._expect_head = expect_head
         self._expected_seen = False
@@ -103,7 +103,7 @@ class Verifier:
         self.findings: list[Finding] = []
         self._findings_count = 0
         self._first_seq = 0
-        self._first_previous: Head | None = None
+        self._first_previous: LineRef | None = None
         self._retained_seq = 0
         self.log_id = ""
         self.key = KeyTracker(trust, self._add_finding)
@@ -161,12 +161,12 @@ class Verifier:
         """Add a finding about a whole file."""
         self._add_finding(kind, 0, text)
 
-    def report(self) -> Report:
+    def report(self) -> VerificationReport:
         """Apply the rules about the end of the log, and make the report. Call it once."""
         head = self.chain.last
         last_seq = 0 if head is None else head.seq
         after_expected = None if self.exhausted else self._verify_end(head, last_seq)
-        return Report(
+        return VerificationReport(
             findings=self.findings,
             findings_count=self._findings_count,
             lines=self._lines,
@@ -235,13 +235,13 @@ class Verifier:
             self._add_finding("altered", event.seq, f"line {event.seq} does not name the log's id")
         self._check_format(event)
 
-    def _previous_head(self, event: Event) -> Head:
+    def _previous_head(self, event: Event) -> LineRef:
         """The head of the previous file, as a `segment_open` line names it."""
         sig = decode_exact(event.facts.get("previous_sig"), record.MAC_BYTES)
         seq = whole_number(event.facts, "previous_seq")
         if event.facts.keys() != _SEGMENT_OPEN_FACTS or sig is None or seq != event.seq - 1:
             self._add_finding("altered", event.seq, f"line {event.seq} does not have the facts of a segment_open line")
-        return Head(seq, sig or record.ZERO_MAC)
+        return LineRef(seq, sig or record.ZERO_MAC)
 
     # --- lines in order ----------------------------------------------------------------------------------------------
 
@@ -347,7 +347,7 @@ class Verifier:
         self.coverage = Coverage()
         self._coverage_known = True
 
-    def _verify_end(self, head: Head | None, last_seq: int) -> int | None:
+    def _verify_end(self, head: LineRef | None, last_seq: int) -> int | None:
         """Rules 9 to 12 at the end of the log. Returns the number of lines after the expected head."""
         if head is None and not self._findings_count:
             self._add_finding("missing", 1, "the log holds no line")

@@ -31,7 +31,7 @@ from minikms.api.base64 import encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
 from minikms.audit.reader import FILE_MODE, LOG_NAME, NEXT_NAME, segment_name
-from minikms.audit.record import Event, Facts, Head
+from minikms.audit.record import Event, Facts, LineRef
 from minikms.audit.repair import OpenedLog, create_file
 from minikms.platform.append_only import AppendOnlyFile
 from minikms.platform.sync import sync_directory
@@ -103,7 +103,7 @@ class _NextFile(msgspec.Struct):
 
     fd: int
     first_line: bytes
-    head: Head
+    head: LineRef
     old_renamed: bool = False
 
 
@@ -188,9 +188,9 @@ class ChainWriter:
         ts: int,
         facts: Facts | None = None,
         *,
-        head: Head | None = None,
+        head: LineRef | None = None,
         coverage: Coverage | None = None,
-    ) -> tuple[bytes, Head]:
+    ) -> tuple[bytes, LineRef]:
         return chain.signed_line(
             event_type,
             head=head or self.head,
@@ -202,7 +202,7 @@ class ChainWriter:
             extra=facts,
         )
 
-    def _after_signed(self, signed_line: bytes, head: Head) -> None:
+    def _after_signed(self, signed_line: bytes, head: LineRef) -> None:
         """Continue after a signed line, which begins a new coverage."""
         self.head = head
         self._coverage = Coverage.of_line(signed_line)

@@ -23,7 +23,7 @@ from minikms.api.base64 import encode_text
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import record
 from minikms.audit.record import Event, MalformedLineError
-from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
+from minikms.audit.rules import FINDINGS_COUNT_MAX, VerificationReport
 from minikms.cli import audit_tree
 from minikms.cli.console import (
     PACKAGE_DATA_DIR,
@@ -42,11 +42,11 @@ from minikms.commands.output import confirm, progress_bar
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
 
 if TYPE_CHECKING:
-    from minikms.audit.record import Head
+    from minikms.audit.record import LineRef
     from minikms.audit.rules import Trust
 
 
-def report_json(report: Report, tree: audit_tree.TreeReport | None = None) -> str:
+def report_json(report: VerificationReport, tree: audit_tree.TreeReport | None = None) -> str:
     """One object. `head` is {"seq", "sig"} or null, as in `/status`."""
     built = {name: getattr(report, name) for name in report.__struct_fields__ if name not in ("head", "findings")}
     head = None if report.head is None else {"seq": report.head.seq, "sig": encode_text(report.head.sig)}
@@ -75,7 +75,7 @@ def raw_line(line: bytes) -> str:
     return line.decode("ascii")
 
 
-def report_lines(report: Report, tree: audit_tree.TreeReport | None = None) -> Iterator[str]:
+def report_lines(report: VerificationReport, tree: audit_tree.TreeReport | None = None) -> Iterator[str]:
     if tree is not None:
         yield from audit_tree.fault_lines(tree)
     if report.findings_count:
@@ -118,7 +118,7 @@ def report_lines(report: Report, tree: audit_tree.TreeReport | None = None) -> I
         yield "  anchor      none given: lines missing at the end are not noticed (see --checkpoint, --expect-head)"
 
 
-def _part(report: Report) -> str:
+def _part(report: VerificationReport) -> str:
     """Which part of the log was verified, if not all of it."""
     begin = f"from line {report.first_seq}" if report.from_signed_line else ""
     end = f"up to line {report.covered_seq}" if report.lines_not_covered and not report.macs_checked else ""
@@ -230,7 +230,7 @@ def verify(
     from minikms.custody.log_directory import log_directory
     from minikms.datadir import audit_keys, open_for_reading
 
-    def judge(trust: Trust) -> Report:
+    def judge(trust: Trust) -> VerificationReport:
         with progress_bar("Verifying", shown=not json, in_bytes=True) as progress:
             return verify_directory(
                 log_directory(directory), trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
@@ -280,7 +280,7 @@ def tail(
     json: JsonLines = False,
 ) -> int:
     """Show the last lines of the log, without verifying them."""
-    from minikms.audit.reader import Follower, last_lines
+    from minikms.audit.reader import LogFollower, last_lines
     from minikms.audit.record import peek_seq
 
     directory = found_log(data_dir)
@@ -288,7 +288,7 @@ def tail(
     _print_lines(shown, json=json)
     if follow:
         newest = shown or last_lines(directory, 1)
-        follower = Follower(directory, after_seq=peek_seq(newest[-1]) if newest else 0)
+        follower = LogFollower(directory, after_seq=peek_seq(newest[-1]) if newest else 0)
         reader = select.poll()
         reader.register(sys.stdout, 0)  # POLLERR and POLLHUP are always reported
         while True:
@@ -489,7 +489,7 @@ def _public_key(text: str) -> bytes | None:
     return decode_exact(text, PUBLIC_KEY_BYTES)
 
 
-def _head(text: str) -> Head:
+def _head(text: str) -> LineRef:
     from minikms.audit.chain import parse_head
 
     head = parse_head(text)

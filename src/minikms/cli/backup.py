@@ -41,7 +41,7 @@ from minikms.commands.output import confirm, name_list, print_facts, print_json,
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
-    from minikms.archives.archive import AuditHead, Manifest
+    from minikms.archives.archive import ArchiveManifest, AuditHead
     from minikms.archives.create import RetiredKeys, Task
     from minikms.archives.restore import NewerKeyring
     from minikms.custody.archive_register import RegisteredArchive
@@ -382,16 +382,16 @@ def _audit_head(directory: str) -> AuditHead | None:
     return None
 
 
-def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: Manifest) -> None:
+def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: ArchiveManifest) -> None:
     """A new audit log. Its first line names the head of the old one, its second what was restored."""
     from minikms.api.base64 import decode_exact
     from minikms.audit import Event, ExpectedLog
-    from minikms.audit.record import MAC_BYTES, Head
+    from minikms.audit.record import MAC_BYTES, LineRef
     from minikms.datadir import open_audit_log
 
     head = manifest.audit_head
     sig = None if head is None else decode_exact(head.sig, MAC_BYTES)
-    expected = ExpectedLog(exists=True, head=None if head is None or sig is None else Head(head.seq, sig))
+    expected = ExpectedLog(exists=True, head=None if head is None or sig is None else LineRef(head.seq, sig))
     log = open_audit_log(log_dir, unlocked, expected=expected, accept_loss=True)
     try:
         facts: dict[str, str | int] = {"archive": manifest.archive_id, "epoch": unlocked.body.epoch}
@@ -401,7 +401,7 @@ def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: Manifest) -> N
         log.close()
 
 
-def _register_entry(archive: Path, manifest: Manifest) -> RegisteredArchive:
+def _register_entry(archive: Path, manifest: ArchiveManifest) -> RegisteredArchive:
     """The entry for the archive in the register of the restored directory: it may hold each of its keys."""
     from minikms.custody.archive_register import RegisteredArchive
 
@@ -466,7 +466,7 @@ def _remove_archive(entry: RegisteredArchive) -> None:
     os.unlink(entry.path)
 
 
-def _print_manifest(manifest: Manifest, archive: Path, *, json: bool, done: str) -> None:
+def _print_manifest(manifest: ArchiveManifest, archive: Path, *, json: bool, done: str) -> None:
     if json:
         print_json({"archive": str(archive), **_as_dict(manifest)})
         return
@@ -483,7 +483,7 @@ def _print_manifest(manifest: Manifest, archive: Path, *, json: bool, done: str)
     print_facts(facts, indent=2)
 
 
-def _as_dict(manifest: Manifest) -> dict[str, object]:
+def _as_dict(manifest: ArchiveManifest) -> dict[str, object]:
     import msgspec
 
     return msgspec.structs.asdict(manifest)

@@ -22,7 +22,7 @@ from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError
 from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.calls import Attempts, Call, check_proxied
 from minikms.client.connecting import POOL_IDLE_S_MAX, Endpoint
-from minikms.client.verbs import BlockingRunner, Many, One, Operation, Verbs
+from minikms.client.verbs import BlockingRunner, ClientOperation, Many, One, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
 
 T = TypeVar("T")
@@ -76,7 +76,7 @@ class Client(BaseClient, Verbs, BlockingRunner):
 
     # --- exchanges ---
 
-    def _run(self, operation: Operation[T]) -> T:
+    def _run(self, operation: ClientOperation[T]) -> T:
         if isinstance(operation, Many):
             return cast("T", [outcome for one in operation.split() for outcome in self._run_one(one)])
         return self._run_one(cast("One[T]", operation))

@@ -39,13 +39,13 @@ T = TypeVar("T")
 V = TypeVar("V")
 
 
-class Operation(Generic[T]):
+class ClientOperation(Generic[T]):
     """What a method asks for; T is the type of its value. Either `One` or `Many`."""
 
     __slots__ = ()
 
 
-class One(Operation[T]):
+class One(ClientOperation[T]):
     """One request. `request` is a function where the body holds a root key: it makes the body, which is wiped after it
     was sent. `named` is then the id in the path.
     """
@@ -84,7 +84,7 @@ class One(Operation[T]):
         return value
 
 
-class Many(Operation[list[T]]):
+class Many(ClientOperation[list[T]]):
     """Requests for any number of items: `batch` makes one of a run of items, `read` the outcomes of its answer."""
 
     __slots__ = ("_batch", "_items", "_read", "_request_id", "_verb")
@@ -117,7 +117,7 @@ class BlockingRunner(ABC):
     """Base of a client whose methods return values."""
 
     @abstractmethod
-    def _run(self, operation: Operation[T]) -> T:
+    def _run(self, operation: ClientOperation[T]) -> T:
         """Does what a method describes. Raises KmsError."""
 
 
@@ -125,7 +125,7 @@ class AsyncRunner(ABC):
     """Base of a client whose methods return coroutines."""
 
     @abstractmethod
-    def _run(self, operation: Operation[T]) -> Coroutine[Any, Any, T]:
+    def _run(self, operation: ClientOperation[T]) -> Coroutine[Any, Any, T]:
         """Does what a method describes. Raises KmsError."""
 
 
@@ -134,7 +134,7 @@ if TYPE_CHECKING:
     class method(Generic[P, T]):
         """What type checkers see of a method: its type depends on the client."""
 
-        def __init__(self, describe: Callable[Concatenate[Any, P], Operation[T]]) -> None: ...
+        def __init__(self, describe: Callable[Concatenate[Any, P], ClientOperation[T]]) -> None: ...
         @overload
         def __get__(self, client: BlockingRunner, owner: type) -> Callable[P, T]: ...
         @overload

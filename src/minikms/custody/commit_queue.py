@@ -21,7 +21,7 @@ from minikms.api.base64 import encode_text
 from minikms.api.errors import ConflictError, StandbyError, StorageUnavailableError
 from minikms.custody.replication import Written
 from minikms.keys import keyring
-from minikms.keys.replica import EntrySum, State
+from minikms.keys.replica import EntrySum, SignedState
 from minikms.keys.tombstones import RECORD_BYTES
 
 WAITING_MAX: Final = 16_384
@@ -67,7 +67,7 @@ class _Out(NamedTuple):
 class CommitQueue:
     """`sign` authenticates a state under the keyring key of a version."""
 
-    def __init__(self, sign: Callable[[State, int], bytes]) -> None:
+    def __init__(self, sign: Callable[[SignedState, int], bytes]) -> None:
         self._sign = sign
         self._waiting: deque[_Waiting] = deque()
         self._out: _Out | None = None
@@ -191,7 +191,7 @@ class CommitQueue:
         commit = api.ReplicaCommit(
             previous=previous,
             number=number,
-            state=self._sign(State(term, number, epoch, entries), key_version),
+            state=self._sign(SignedState(term, number, epoch, entries), key_version),
             keyring=content,
             tombstones_after=after,
             tombstones=tombstones,

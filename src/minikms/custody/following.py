@@ -47,7 +47,7 @@ from minikms.custody.vault import Vault
 from minikms.keys import dek
 from minikms.keys.dek import FILE_BYTES, UNWRAPS_SLICE, DekRecord, bytes_to_key_id, check_key_id
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
-from minikms.keys.replica import EntrySum, State, entry, read_state
+from minikms.keys.replica import EntrySum, SignedState, entry, read_state
 from minikms.keys.tombstones import APPEND_RECORDS_MAX, HEADER, RECORD_BYTES, keys_of
 from minikms.platform.workers import in_worker
 
@@ -126,14 +126,14 @@ class Following:
 
     # --- a part of what the database has -----------------------------------------------------------------------------
 
-    async def follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> State | None:
+    async def follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> SignedState | None:
         """Applies a part; returns the state after the last one. Raises as `MemberDirectory.follow`."""
         try:
             return await self._follow(request, head, mark)
         finally:
             self._vault.unlocked.settle()
 
-    async def _follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> State | None:
+    async def _follow(self, request: api.ReplicaFollowRequest, head: api.ReplicaHead, mark: Mark) -> SignedState | None:
         before, body = self.entries, self._vault.unlocked.body
         if head.keyring_id != body.keyring_id:
             raise ReplicaForkedError(f"the database has the keyring {head.keyring_id}, and this host {body.keyring_id}")
@@ -174,7 +174,7 @@ class Following:
         self.agrees, self.repairs, self._repaired = True, False, False
         return state
 
-    def _state(self, head: api.ReplicaHead, body: Body, mark: Mark) -> State:
+    def _state(self, head: api.ReplicaHead, body: Body, mark: Mark) -> SignedState:
         """Raises ReplicaForkedError unless it is that of the head and its keyring, and follows the mark."""
         try:
             signed = decode_canonical(head.state, SIGNED_STATE_BYTES_MAX, "the state")

@@ -67,7 +67,7 @@ class Uncommitted(bytes):
     """The bytes of an answer that is sent even if the turn's commit fails."""
 
 
-class Server(Protocol[S]):
+class ConnectionHost(Protocol[S]):
     """What a connection needs from its server; `HttpServer` implements it and documents each member."""
 
     app: Application[S]
@@ -143,7 +143,7 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
     _session: S
     _group: Group[S]
 
-    def __init__(self, server: Server[S]) -> None:
+    def __init__(self, server: ConnectionHost[S]) -> None:
         self._server = server
         self._reader = RequestReader(server.shared)
         self._blocked = 0

@@ -41,14 +41,14 @@ KEY_BYTES: Final = 3 * array("Q").itemsize + array("I").itemsize + 1 + _ROW_BYTE
 """What `KeyIndex.columns` has of each key, without its thread."""
 
 
-class Page(NamedTuple):
+class KeyPage(NamedTuple):
     """The key ids of a page. The next page begins after the id `next_after`, which is empty on the last page."""
 
     key_ids: list[str]
     next_after: str
 
 
-class Entry(NamedTuple):
+class IndexEntry(NamedTuple):
     """What the index knows of a key. `tag`: of its thread, purpose and state."""
 
     tag: bytes
@@ -166,14 +166,14 @@ class KeyIndex:
         index.complete = True
         return index
 
-    def entry(self, key_id: str) -> Entry | None:
+    def entry(self, key_id: str) -> IndexEntry | None:
         """What the index has of a key; None if it does not have it."""
         at, known = self._find(key_id_to_bytes(key_id))
-        return Entry(_TAG.pack(self._tags[at]), STATES[self._states[at]], self._keks[at]) if known else None
+        return IndexEntry(_TAG.pack(self._tags[at]), STATES[self._states[at]], self._keks[at]) if known else None
 
-    def entry_of(self, record: DekRecord) -> Entry:
+    def entry_of(self, record: DekRecord) -> IndexEntry:
         """What the index has of a key with this record."""
-        return Entry(self._tag(record.thread_id, record.purpose, record.state), record.state, record.kek_version)
+        return IndexEntry(self._tag(record.thread_id, record.purpose, record.state), record.state, record.kek_version)
 
     def _find(self, raw: bytes) -> tuple[int, bool]:
         """The place of an id (16 bytes) in the table, and whether it is there: the same work whether it is or not."""
@@ -275,7 +275,7 @@ class KeyIndex:
         thread_id: str | None,
         state: str | None,
         visible: Callable[[str], bool] | None = None,
-    ) -> Page:
+    ) -> KeyPage:
         """Up to `limit` keys after the id `after` (empty: from the first one), in order of creation. `visible`: only
         keys of threads for which it is true, after `keep_threads`; then `next_after` may be the id of a key of another
         thread. It is asked about each key, whatever `state` is, so that the work does not depend on how many keys of
@@ -292,17 +292,17 @@ class KeyIndex:
             if (visible is None or visible(self._thread_at(at))) and (code is None or self._states[at] == code):
                 key_ids.append(bytes_to_key_id(self._raw(at)))
             at += 1
-        return Page(key_ids, bytes_to_key_id(self._raw(at - 1)) if at < len(self) and at > start else "")
+        return KeyPage(key_ids, bytes_to_key_id(self._raw(at - 1)) if at < len(self) and at > start else "")
 
     def _page_of(
         self, thread_id: str, states: Sequence[str], raw: bytes, limit: int, visible: Callable[[str], bool] | None
-    ) -> Page:
+    ) -> KeyPage:
         if visible is not None and not visible(thread_id):
-            return Page([], "")
+            return KeyPage([], "")
         tags = [self._tag(thread_id, purpose, state) for purpose in PURPOSES for state in states]
         rows = merge(*(self._rows.after(tag, raw) for tag in tags))
         key_ids = [bytes_to_key_id(each) for each in islice(rows, limit)]
-        return Page(key_ids, key_ids[-1] if key_ids and next(rows, None) is not None else "")
+        return KeyPage(key_ids, key_ids[-1] if key_ids and next(rows, None) is not None else "")
 
     def keep_threads(self) -> None:
         """Keeps the thread of each key from now on. Call it while the index is empty. Raises ValueError otherwise."""

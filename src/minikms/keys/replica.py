@@ -40,7 +40,7 @@ def entry(unlocked: UnlockedKeyring, key_id: str, content: bytes) -> int:
     return int.from_bytes(hmac.digest(unlocked.tombstone_key, data, "sha256"), "big")
 
 
-class State(NamedTuple):
+class SignedState(NamedTuple):
     """After change `number`, which a member made in `term`. `epoch`: of the keyring after this change; a keyring of
     another epoch does not belong to the state.
     """
@@ -60,7 +60,7 @@ class State(NamedTuple):
         return numbers + self.entries.value.to_bytes(SUM_BYTES, "big")
 
 
-def read_state(unlocked: UnlockedKeyring, signed: bytes, key_version: int | None = None) -> State:
+def read_state(unlocked: UnlockedKeyring, signed: bytes, key_version: int | None = None) -> SignedState:
     """`key_version`: of the keyring key; None: the one in use. Raises DecryptionError unless the tag is of it."""
     data, tag = signed[:STATE_BYTES], signed[STATE_BYTES:]
     if len(data) != STATE_BYTES:
@@ -69,4 +69,4 @@ def read_state(unlocked: UnlockedKeyring, signed: bytes, key_version: int | None
     term, number, epoch, files = (
         int.from_bytes(data[at : at + _FIELD_BYTES], "big") for at in range(0, 4 * _FIELD_BYTES, _FIELD_BYTES)
     )
-    return State(term, number, epoch, EntrySum(files, int.from_bytes(data[4 * _FIELD_BYTES :], "big")))
+    return SignedState(term, number, epoch, EntrySum(files, int.from_bytes(data[4 * _FIELD_BYTES :], "big")))

@@ -27,7 +27,7 @@ class ExchangeError(Exception):
     """The answer can't be used. Its text is for the operator."""
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     """retry_after: of the header, in seconds; 0 without one."""
 
     status: int
@@ -48,11 +48,11 @@ class HttpClient:
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
 
-    def get(self, headers: Mapping[str, str], ends_s: float, *, bytes_max: int) -> Answer:
+    def get(self, headers: Mapping[str, str], ends_s: float, *, bytes_max: int) -> HttpAnswer:
         """Asks for the URL itself. As `post`."""
         return self._exchange("GET", self.target, None, headers, ends_s=ends_s, bytes_max=bytes_max)
 
-    def post(self, target: str, body: bytes, headers: Mapping[str, str], ends_s: float) -> Answer:
+    def post(self, target: str, body: bytes, headers: Mapping[str, str], ends_s: float) -> HttpAnswer:
         """`ends_s`: when it must have answered, monotonic. Raises OSError, ExchangeError."""
         return self._exchange("POST", target, body, headers, ends_s=ends_s, bytes_max=ANSWER_BYTES_MAX)
 
@@ -65,7 +65,7 @@ class HttpClient:
 
     def _exchange(
         self, method: str, target: str, body: bytes | None, headers: Mapping[str, str], *, ends_s: float, bytes_max: int
-    ) -> Answer:
+    ) -> HttpAnswer:
         kind = http.client.HTTPConnection if self._context is None else http.client.HTTPSConnection
         connection = kind(self._host, self._port)
         try:
@@ -84,7 +84,7 @@ class HttpClient:
                     if answer.length:
                         raise ExchangeError("its answer ends too early")
             is_number = retry_after.isascii() and retry_after.isdigit() and len(retry_after) < 10
-            return Answer(answer.status, content, int(retry_after) if is_number else 0)
+            return HttpAnswer(answer.status, content, int(retry_after) if is_number else 0)
         except TimeoutError:  # also that of a handshake, which has a text of its own
             raise TimeoutError("no answer in time") from None
         except OSError:  # first: the error of a wrong certificate is a ValueError too

@@ -24,7 +24,7 @@ EXCHANGES_MAX: Final = 32
 _TRACEPARENT: Final = re.compile(r"00-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})", re.ASCII)
 
 
-class Exchange(NamedTuple):
+class TracedExchange(NamedTuple):
     """An exchange with the key service, in Unix nanoseconds. `answered`: there was an answer."""
 
     verb: str
@@ -49,7 +49,7 @@ class Tracing:
         ended_ns: int,
         failed: bool,
         attributes: Mapping[str, str | int],
-        exchanges: Iterable[Exchange],
+        exchanges: Iterable[TracedExchange],
     ) -> None:
         """The span of a request, a child of the one that `traceparent` names, with the exchanges as its children."""
         from opentelemetry.trace import SpanKind, Status, StatusCode, set_span_in_context

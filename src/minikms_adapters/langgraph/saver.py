@@ -50,8 +50,8 @@ from minikms_adapters.records import (
     Place,
     Receipt,
     RecordSealer,
-    Runner,
     Step,
+    StepRunner,
     Steps,
     as_json,
     ask,
@@ -78,7 +78,7 @@ FORMAT_OF_CHECKPOINTS: Final = 4
 """The stored `v` is at least this. With a lower one, a saver looks for sends in the parent's encrypted writes."""
 
 
-class Write(NamedTuple):
+class ChannelWrite(NamedTuple):
     """A pending write, with the two members that order it among those of its checkpoint."""
 
     task_id: str
@@ -92,7 +92,7 @@ class Opened(NamedTuple):
     """A checkpoint in plaintext. `parent` is what its head says; the stored one may be gone after a prune."""
 
     found: CheckpointTuple
-    writes: list[Write]
+    writes: list[ChannelWrite]
     parent: str | None
 
     def tasks(self) -> Iterator[tuple[tuple[str, str], list[tuple[str, Any]]]]:
@@ -122,7 +122,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         self._inner = closed(inner)
         self._plain = PLAIN_METADATA | set(plain_metadata)
         self._sealer = RecordSealer()
-        self._runner = Runner(kms, self._inner, prefix="a")
+        self._runner = StepRunner(kms, self._inner, prefix="a")
         self._keys: dict[tuple[str, str, object], str] = {}  # of checkpoints that were put or read last
 
     @property
@@ -260,7 +260,8 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         self._check_head(spot, found, head)
         values = {channel: self._load(next(plaintexts))[0] for channel in found.checkpoint["channel_values"]}
         writes = [
-            Write(task_id, channel, *self._load(next(plaintexts))) for task_id, channel, _ in found.pending_writes or ()
+            ChannelWrite(task_id, channel, *self._load(next(plaintexts)))
+            for task_id, channel, _ in found.pending_writes or ()
         ]
         writes.sort(key=lambda write: writes_sort_key(write.task_path, write.task_id, write.position))
         if len({(write.task_id, write.position) for write in writes}) < len(writes):
@@ -567,8 +568,8 @@ def _as_found(found: CheckpointTuple) -> Opened:
     one that was stored.
     """
     tasks: dict[str, int] = {}
-    writes: list[Write] = []
+    writes: list[ChannelWrite] = []
     for index, (task_id, channel, value) in enumerate(found.pending_writes or ()):
         order = tasks.setdefault(task_id, len(tasks))
-        writes.append(Write(task_id, channel, value, WRITES_IDX_MAP.get(channel, index), f"{order:08}"))
+        writes.append(ChannelWrite(task_id, channel, value, WRITES_IDX_MAP.get(channel, index), f"{order:08}"))
     return Opened(found, writes, get_checkpoint_id(found.parent_config) if found.parent_config else None)

@@ -19,7 +19,7 @@ from minikms_adapters.records import (
     Place,
     Receipt,
     RecordSealer,
-    Runner,
+    StepRunner,
     Steps,
     as_json,
     ask_inner,
@@ -47,7 +47,7 @@ class EncryptedStore(BaseStore):
     def __init__(self, inner: BaseStore, kms: KmsClient) -> None:
         self._inner = inner
         self._sealer = RecordSealer()
-        self._runner = Runner(kms, inner, prefix="a")
+        self._runner = StepRunner(kms, inner, prefix="a")
 
     @property
     def supports_ttl(self) -> bool:  # type: ignore[override]  # the base has a plain attribute

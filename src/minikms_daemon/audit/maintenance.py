@@ -45,7 +45,7 @@ from minikms.audit.reader import (
     next_segment,
     segment_name,
 )
-from minikms.audit.record import ACTOR_SELF, Event, Facts, Head
+from minikms.audit.record import ACTOR_SELF, Event, Facts, LineRef
 from minikms.platform.sync import sync_directory, sync_file
 
 AGAIN_CALLS: Final = 3600
@@ -63,14 +63,14 @@ _TEMPORARY_SUFFIX: Final = ".tmp"
 # --- retention -------------------------------------------------------------------------------------------------------
 
 
-class Retention(msgspec.Struct, frozen=True, kw_only=True):
+class LogRetention(msgspec.Struct, frozen=True, kw_only=True):
     """bytes_max: of all closed files together, 0 for no bound. days_min: takes precedence over `bytes_max`."""
 
     bytes_max: int = 0
     days_min: int = 90
 
 
-KEEP_ALL: Final = Retention()
+KEEP_ALL: Final = LogRetention()
 
 
 class RemovableSegment(msgspec.Struct, frozen=True):
@@ -78,7 +78,7 @@ class RemovableSegment(msgspec.Struct, frozen=True):
 
     number: int
     names: tuple[str, ...]
-    last: Head
+    last: LineRef
 
     def event(self) -> Event:
         """The `retention` event that must be durable and signed before the files are deleted."""
@@ -91,7 +91,7 @@ class RemovableSegment(msgspec.Struct, frozen=True):
 
 
 def removable_segments(
-    directory: str, keep: Retention, now_ns: int, taken_seq: int | None = None
+    directory: str, keep: LogRetention, now_ns: int, taken_seq: int | None = None
 ) -> list[RemovableSegment]:
     """The segments that `keep` no longer retains, oldest first. `taken_seq`: the last line that an auditor has taken;
     None: there is no auditor. Raises OSError and DamagedSegmentError.
@@ -109,12 +109,12 @@ def removable_segments(
         seq = following.facts.get("previous_seq")
         if sig is None or not isinstance(seq, int) or (taken_seq is not None and seq > taken_seq):
             break
-        removable.append(RemovableSegment(number, tuple(names), Head(seq, sig)))
+        removable.append(RemovableSegment(number, tuple(names), LineRef(seq, sig)))
         total -= sum(_size(directory, name) for name in names)
     return removable
 
 
-def remove_segments(log: AuditLog, keep: Retention, taken_seq: int | None = None) -> list[str]:
+def remove_segments(log: AuditLog, keep: LogRetention, taken_seq: int | None = None) -> list[str]:
     """Remove the segments that `keep` no longer retains, after durable and signed lines that name them. `taken_seq`: as
     for `removable_segments`.
 
@@ -266,7 +266,7 @@ class Maintenance:
     """
 
     def __init__(
-        self, log: AuditLog, *, keep: Retention | None = None, taken_seq: Callable[[], int | None] = lambda: None
+        self, log: AuditLog, *, keep: LogRetention | None = None, taken_seq: Callable[[], int | None] = lambda: None
     ) -> None:
         self._log = log
         self._taken_seq = taken_seq

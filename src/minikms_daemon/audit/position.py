@@ -20,12 +20,12 @@ from minikms.api.errors import ConflictError, InvalidRequestError, KmsRefusedErr
 from minikms.audit import record
 from minikms.audit.queries import line_of
 from minikms.audit.reader import LOG_NAME
-from minikms.audit.record import Head, MalformedLineError
+from minikms.audit.record import LineRef, MalformedLineError
 from minikms.platform import append_only
 
 ATTACHED_NS: Final = 30 * 1_000_000_000
 """An auditor reports every 5 s. For this long after a report it counts as attached."""
-_NOTHING: Final = Head(0, b"")
+_NOTHING: Final = LineRef(0, b"")
 _NS: Final = 1_000_000_000
 _READ_FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -37,7 +37,7 @@ class LogView(NamedTuple):
 
     directory: str
     log_id: str
-    durable: Head
+    durable: LineRef
     public_key: bytes
     origin: str
 
@@ -64,7 +64,7 @@ class AuditorPosition:
         """Compares a report with the log. Reads the disk. Raises ConflictError, InvalidRequestError,
         StorageUnavailableError.
         """
-        if asked.seq == 0 or (view.log_id, Head(asked.seq, mac)) == (asked.log_id, self._head):
+        if asked.seq == 0 or (view.log_id, LineRef(asked.seq, mac)) == (asked.log_id, self._head):
             return
         if asked.log_id != view.log_id:
             raise ConflictError(f"the audit log has the id {view.log_id}: another one was begun")
@@ -86,7 +86,7 @@ class AuditorPosition:
         """A report that `check` has let pass."""
         self._reported_ns = self._monotonic_ns()
         if asked.seq > self._head.seq:
-            self._head = Head(asked.seq, mac)
+            self._head = LineRef(asked.seq, mac)
 
     def attached(self) -> bool:
         """Whether an auditor has reported lately."""
@@ -133,9 +133,9 @@ def view_on_disk(directory: str, public_key: bytes, origin: str) -> LogView:
     with contextlib.suppress(OSError, MalformedLineError, KeyError), open(os.open(path, _READ_FLAGS), "rb") as file:
         size = append_only.confirmed_bytes(path, file.fileno())
         first, _, mac = record.parse_line(file.readline(record.LINE_BYTES_MAX).rstrip(b"\n"))
-        view = view._replace(log_id=str(first.facts["log_id"]), durable=Head(first.seq, mac))
+        view = view._replace(log_id=str(first.facts["log_id"]), durable=LineRef(first.seq, mac))
         begin = max(0, size - record.LINE_BYTES_MAX)
         for line in os.pread(file.fileno(), size - begin, begin).split(b"\n")[-2:-1]:
             last, _, mac = record.parse_line(line)
-            view = view._replace(durable=Head(last.seq, mac))
+            view = view._replace(durable=LineRef(last.seq, mac))
     return view

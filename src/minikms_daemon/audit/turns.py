@@ -20,7 +20,7 @@ from typing import Final
 from minikms.api.errors import AuditUnavailableError, SealedError, StorageUncertainError, copy_of
 from minikms.audit.chain import AuditKey
 from minikms.audit.log import AuditLog
-from minikms.audit.record import Event, Head
+from minikms.audit.record import Event, LineRef
 from minikms.platform.workers import in_worker
 
 HELD_SECONDS_MAX: Final = 5.0
@@ -138,7 +138,7 @@ class TurnAudit:
         """The version of the audit key that the lines are under."""
         return self._log.writer.key.version
 
-    async def change_key(self, store: Callable[[Head], Awaitable[AuditKey]]) -> None:
+    async def change_key(self, store: Callable[[LineRef], Awaitable[AuditKey]]) -> None:
         """Changes the audit key. No line comes between its steps; other tasks run. Do not cancel it.
 
         `store` gets the last line, makes the keyring that names it durable, and returns the key of all further lines.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.datadir import open_for_service
 from minikms.roots.providers import RootProvider
 from minikms_daemon.audit.position import AuditorPosition
@@ -45,7 +45,7 @@ class Opener:
         self._source_read = False
         self._source_slot_id = ""
         """The slot whose root key the daemon's own source held when it was last read or rewritten; empty: not known."""
-        self._expected_head: Head | None = None
+        self._expected_head: LineRef | None = None
         """The last line of the audit log when it was last abandoned: the log must have it when it is opened again."""
 
     def open(self, root: RootProvider) -> Parts:

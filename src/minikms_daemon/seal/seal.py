@@ -52,7 +52,7 @@ from minikms_daemon.replica.member import NOT_KNOWN, Member
 from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.seal.application import SealedApplication, sealed_response
 from minikms_daemon.seal.opening import Opener
-from minikms_daemon.seal.state import Move, SealState, State
+from minikms_daemon.seal.state import SealMove, SealPhase, SealState
 from minikms_daemon.seal.unlocking import SEALED_TEXT, Unlocking
 from minikms_daemon.seal.unseal import Unsealing
 from minikms_daemon.server.admission import Admission, Session
@@ -209,7 +209,7 @@ class SealableServer:
             self._replica.opened(parts)
             await parts.go_on()
             self._start_line_written = True
-            self._state.move(Move.START)
+            self._state.move(SealMove.START)
             self._admission.report = parts.audit.add
             self._serve(parts.served)
             parts.serve_on(self.server)
@@ -239,7 +239,7 @@ class SealableServer:
     @property
     def parts(self) -> Parts | None:
         """None while the daemon is sealed."""
-        return self._opened if self._state.state is State.SERVING else None
+        return self._opened if self._state.state is SealPhase.SERVING else None
 
     @property
     def summary(self) -> str:
@@ -319,7 +319,7 @@ class SealableServer:
         """The database has a keyring that only a root key opens: closes the data directory, and opens it with the
         daemon's own root key. Without one it stays sealed until an unseal.
         """
-        if self._state.state is not State.SERVING:
+        if self._state.state is not SealPhase.SERVING:
             return
         self._opener.later_keyring = later
         self._process.arena.zero_all()
@@ -342,7 +342,7 @@ class SealableServer:
         """The lease of the root key was refused or has ended: zeroes every key now, unless that is done. Returns the
         application that serves from then on.
         """
-        if self._state.state is State.SERVING:
+        if self._state.state is SealPhase.SERVING:
             self._process.arena.zero_all()
             self.unsealing.forget_keys()
             lapse = Lapse.now(how)
@@ -406,7 +406,7 @@ class SealableServer:
             self._writing_marker = asyncio.ensure_future(self._write_marker_until_done())
 
     async def _write_marker_until_done(self) -> None:
-        while self._state.state is State.OWED:
+        while self._state.state is SealPhase.OWED:
             with contextlib.suppress(StorageUnavailableError):
                 await self._write_marker(self._state.marker)
                 continue
@@ -439,7 +439,7 @@ class SealableServer:
         """
         async with self.unsealing.one_attempt:
             await self.files_closed()
-            if self._state.state is State.FLAGGED:
+            if self._state.state is SealPhase.FLAGGED:
                 await self.open_and_serve(Attempt.by_itself(), root, self._state.seals)
 
     async def open_and_serve(self, attempt: Attempt, root: RootProvider, seals: int) -> None:
@@ -448,7 +448,7 @@ class SealableServer:
         asked_ns = root.asked_ns if isinstance(root, ReceivedKey) else clock.boot_ns()
         self._process.notifier.watchdog()  # so that the manager's whole time-out is left
         parts = self._opener.open(root)
-        state.move(Move.OPEN)
+        state.move(SealMove.OPEN)
         self._opened = parts
         if self._writing_marker is not None:  # what it has begun ends before the marker is removed, in the same worker
             self._writing_marker.cancel()
@@ -458,19 +458,19 @@ class SealableServer:
             state.check_no_seal_since(seals)
             await self._replica.note_seals(parts)
             state.check_no_seal_since(seals)
-            state.move(Move.REMOVE)
+            state.move(SealMove.REMOVE)
             await self._remove_seal_files()
             state.check_no_seal_since(seals)
         except BaseException:
             if self._opened is parts:  # otherwise a seal has abandoned them
-                state.move(Move.FAIL)
+                state.move(SealMove.FAIL)
                 self._opened = None
                 parts.seal()
                 self._abandon(parts)
-                if state.state is State.OWED:
+                if state.state is SealPhase.OWED:
                     self._begin_writing_marker()
             raise
-        state.move(Move.SERVE)
+        state.move(SealMove.SERVE)
         self._replica.opened(parts)
         self.unsealing.forget_keys()
         self._start_line_written = True

@@ -15,7 +15,7 @@ from minikms.api.errors import SealedError
 from minikms.seal_files import Marker
 
 
-class State(enum.Enum):
+class SealPhase(enum.Enum):
     """`FLAGGED`: no request sealed the daemon; a flag of its start did, or it waits for its root key. `OWED`: a request
     did, and the marker is not known to be on disk. `MARKED`: it is. `OPENING`: an unseal has opened the data directory.
     `REMOVING`: it removes the files of the seal. What an unseal that fails returns to is part of its states.
@@ -33,7 +33,7 @@ class State(enum.Enum):
     REMOVING = enum.auto()
 
 
-class Move(enum.Enum):
+class SealMove(enum.Enum):
     """`START`, `START_FLAGGED`, `START_MARKED`: how the process starts. `SEAL`: a request to seal. `LAPSE`: the lease
     of the root key has ended. `WRITTEN`: the marker is on disk. `OPEN`, `REMOVE`, `SERVE`: the steps of an unseal.
     `FAIL`: a step of it failed.
@@ -51,24 +51,24 @@ class Move(enum.Enum):
     FAIL = enum.auto()
 
 
-_S = State
-MOVES: Final[dict[State, dict[Move, State]]] = {
-    _S.STARTING: {Move.START: _S.SERVING, Move.START_FLAGGED: _S.FLAGGED, Move.START_MARKED: _S.MARKED},
-    _S.SERVING: {Move.SEAL: _S.OWED, Move.LAPSE: _S.FLAGGED},
-    _S.FLAGGED: {Move.SEAL: _S.OWED, Move.OPEN: _S.OPENING_FLAGGED},
-    _S.OWED: {Move.SEAL: _S.OWED, Move.OPEN: _S.OPENING_OWED, Move.WRITTEN: _S.MARKED},
-    _S.MARKED: {Move.SEAL: _S.MARKED, Move.OPEN: _S.OPENING_MARKED},
-    _S.OPENING_FLAGGED: {Move.SEAL: _S.OWED, Move.REMOVE: _S.REMOVING_FLAGGED, Move.FAIL: _S.FLAGGED},
-    _S.OPENING_OWED: {Move.SEAL: _S.OWED, Move.REMOVE: _S.REMOVING, Move.FAIL: _S.OWED},
-    _S.OPENING_MARKED: {Move.SEAL: _S.OWED, Move.REMOVE: _S.REMOVING, Move.FAIL: _S.MARKED},
-    _S.REMOVING_FLAGGED: {Move.SEAL: _S.OWED, Move.SERVE: _S.SERVING, Move.FAIL: _S.FLAGGED},
-    _S.REMOVING: {Move.SEAL: _S.OWED, Move.SERVE: _S.SERVING, Move.FAIL: _S.OWED},
+_S = SealPhase
+MOVES: Final[dict[SealPhase, dict[SealMove, SealPhase]]] = {
+    _S.STARTING: {SealMove.START: _S.SERVING, SealMove.START_FLAGGED: _S.FLAGGED, SealMove.START_MARKED: _S.MARKED},
+    _S.SERVING: {SealMove.SEAL: _S.OWED, SealMove.LAPSE: _S.FLAGGED},
+    _S.FLAGGED: {SealMove.SEAL: _S.OWED, SealMove.OPEN: _S.OPENING_FLAGGED},
+    _S.OWED: {SealMove.SEAL: _S.OWED, SealMove.OPEN: _S.OPENING_OWED, SealMove.WRITTEN: _S.MARKED},
+    _S.MARKED: {SealMove.SEAL: _S.MARKED, SealMove.OPEN: _S.OPENING_MARKED},
+    _S.OPENING_FLAGGED: {SealMove.SEAL: _S.OWED, SealMove.REMOVE: _S.REMOVING_FLAGGED, SealMove.FAIL: _S.FLAGGED},
+    _S.OPENING_OWED: {SealMove.SEAL: _S.OWED, SealMove.REMOVE: _S.REMOVING, SealMove.FAIL: _S.OWED},
+    _S.OPENING_MARKED: {SealMove.SEAL: _S.OWED, SealMove.REMOVE: _S.REMOVING, SealMove.FAIL: _S.MARKED},
+    _S.REMOVING_FLAGGED: {SealMove.SEAL: _S.OWED, SealMove.SERVE: _S.SERVING, SealMove.FAIL: _S.FLAGGED},
+    _S.REMOVING: {SealMove.SEAL: _S.OWED, SealMove.SERVE: _S.SERVING, SealMove.FAIL: _S.OWED},
 }
 _FLAGGED: Final = frozenset((_S.FLAGGED, _S.OPENING_FLAGGED, _S.REMOVING_FLAGGED))
 _MARKED: Final = frozenset((_S.MARKED, _S.OPENING_MARKED))
 
 
-class IllegalMoveError(Exception):
+class IllegalSealMoveError(Exception):
     """A defect of the caller: the state has no such move."""
 
 
@@ -78,19 +78,19 @@ class SealState:
     """
 
     def __init__(self) -> None:
-        self.state = State.STARTING
+        self.state = SealPhase.STARTING
         self.marker = Marker()
         self.seals = 0
 
-    def move(self, move: Move) -> None:
+    def move(self, move: SealMove) -> None:
         following = MOVES[self.state].get(move)
         if following is None:
-            raise IllegalMoveError(f"no {move.name} in the state {self.state.name}")
+            raise IllegalSealMoveError(f"no {move.name} in the state {self.state.name}")
         self.state = following
 
     def start_sealed(self, marker: Marker | None, at: str) -> None:
         """The start is sealed: by the `marker` on disk, or (None) by a flag, or for want of a root key, since `at`."""
-        self.move(Move.START_FLAGGED if marker is None else Move.START_MARKED)
+        self.move(SealMove.START_FLAGGED if marker is None else SealMove.START_MARKED)
         self.marker = Marker(at=at) if marker is None else marker
 
     def seal(self, marker: Marker) -> None:
@@ -98,19 +98,19 @@ class SealState:
         because the unseal may have removed the first one.
         """
         before = self.state
-        self.move(Move.SEAL)
+        self.move(SealMove.SEAL)
         self.seals += 1
-        if before not in (State.OWED, State.MARKED):
+        if before not in (SealPhase.OWED, SealPhase.MARKED):
             self.marker = marker
 
     def lapse(self, at: str) -> None:
-        self.move(Move.LAPSE)
+        self.move(SealMove.LAPSE)
         self.marker = Marker(at=at)
 
     def written(self, marker: Marker) -> None:
         """`marker` is on disk. If an unseal or a newer seal has overtaken the write, it does not count."""
-        if self.state is State.OWED and marker is self.marker:
-            self.move(Move.WRITTEN)
+        if self.state is SealPhase.OWED and marker is self.marker:
+            self.move(SealMove.WRITTEN)
 
     def check_no_seal_since(self, seals: int) -> None:
         """Raises SealedError. `seals`: the count when the unseal was asked for."""
@@ -119,7 +119,7 @@ class SealState:
 
     @property
     def is_sealed(self) -> bool:
-        return self.state not in (State.STARTING, State.SERVING)
+        return self.state not in (SealPhase.STARTING, SealPhase.SERVING)
 
     @property
     def is_marked(self) -> bool:

@@ -99,7 +99,7 @@ def _pause_left(failures: deque[float], free: int, pause_max: int, now_s: float)
     return 0 if left <= 0 else int(left) + 1
 
 
-class Attempts:
+class UnsealAttempts:
     """The attempts since the last unseal, also those of an earlier process."""
 
     def __init__(self, directory: int, worker: Executor) -> None:
@@ -158,7 +158,7 @@ class Unsealing:
         self._process = process
         self._state = state
         self._opener = opener
-        self.attempts = Attempts(process.lock.directory_fd, process.workers.seal)
+        self.attempts = UnsealAttempts(process.lock.directory_fd, process.workers.seal)
         self._files_closed = files_closed
         self._open_and_serve = open_and_serve
         self.one_attempt = asyncio.Lock()

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.reader import LOG_NAME
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.custody.journal import Replayed
 from minikms.custody.vault import Indexing
 from minikms.datadir import DataDir, oldest_audit_key, written_at_start
@@ -345,7 +345,7 @@ class Parts:
         return self._data.log.writable
 
     @property
-    def audit_head(self) -> Head:
+    def audit_head(self) -> LineRef:
         """The last line of the audit log."""
         return self._data.log.writer.head
 

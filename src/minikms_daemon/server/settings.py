@@ -16,7 +16,7 @@ import msgspec
 from minikms.api.errors import StartError
 from minikms.audit.chain import parse_head
 from minikms.audit.log import LogLimits
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.audit.repair import IF_RESTORED
 from minikms.custody.vault import CACHE_KEYS_MAX
 from minikms.datadir import DEFAULT_OPTIONS, Options, root_provider
@@ -33,7 +33,7 @@ from minikms.roots.key_file import FileOwner
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile, RootProvider
 from minikms.roots.sources import parse_source
-from minikms_daemon.audit.maintenance import KEEP_ALL, Retention
+from minikms_daemon.audit.maintenance import KEEP_ALL, LogRetention
 from minikms_daemon.server.policy_file import PolicyFile
 
 LogFormat = Literal["json", "console"]
@@ -68,7 +68,7 @@ class Settings:
     make_socket_dir: bool = False
     require_hardening: bool = False
     opening: Options = DEFAULT_OPTIONS
-    audit_keep: Retention = KEEP_ALL
+    audit_keep: LogRetention = KEEP_ALL
     refuse_when_unshipped: int | None = None
     log_format: LogFormat = "console"
     build: Build = UNKNOWN_BUILD
@@ -108,7 +108,7 @@ def settings_of(words: Sequence[str]) -> Settings:
             pin=PinFile(Path(flags.pin)) if flags.pin else None,
             cache_keys_max=flags.cache_keys or CACHE_KEYS_MAX,
         ),
-        audit_keep=Retention(bytes_max=flags.audit_keep_mib * MIB_BYTES, days_min=flags.audit_keep_days),
+        audit_keep=LogRetention(bytes_max=flags.audit_keep_mib * MIB_BYTES, days_min=flags.audit_keep_days),
         refuse_when_unshipped=flags.refuse_when_unshipped,
         log_format=flags.log_format,
         build=Build(flags.version, flags.commit, ".".join(map(str, sys.version_info[:3]))),
@@ -125,7 +125,7 @@ def _root(flags: Flags) -> RootProvider:
     return replace(root, rewritable=flags.rewritable) if isinstance(root, KeyFile) else root
 
 
-def expected_head(text: str | None) -> Head | None:
+def expected_head(text: str | None) -> LineRef | None:
     """A line of the audit log that was written, as SEQ:SIG. Raises StartError."""
     if text is None:
         return None

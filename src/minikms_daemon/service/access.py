@@ -38,7 +38,7 @@ from minikms.custody.destruction import Destroyed
 from minikms.custody.open_dek import OpenDek
 from minikms.custody.vault import Indexing, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes, not_found
-from minikms.keys.index import Page
+from minikms.keys.index import KeyPage
 from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope, Taken
 
 T = TypeVar("T")
@@ -349,7 +349,7 @@ class ScopedKeys:
         self.refresh()
         self._allowed(key_id)
 
-    def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> Page:
+    def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> KeyPage:
         """As `KeyIndex.page`, with visible keys only. Where the principal may not see every key, `after` and
         `next_after` are opaque, because they name any key. Raises InvalidRequestError for an `after` that this run did
         not give to the principal.

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 from minikms.api.errors import SealedError, StandbyError, StorageUnavailableError, StorageUncertainError
 from minikms.audit import AuditKey
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
 from minikms.keys import members, root_slots
@@ -38,7 +38,7 @@ class KeyedAudit(Protocol):
 
     async def sync(self) -> None: ...
 
-    async def change_key(self, store: Callable[[Head], Awaitable[AuditKey]]) -> None: ...
+    async def change_key(self, store: Callable[[LineRef], Awaitable[AuditKey]]) -> None: ...
 
     def release(self) -> None: ...
 
@@ -101,7 +101,7 @@ class RootRemoval:
                 return
             root_slots.check_removes(body, gone, unlocked.audit)
 
-            def without(last: Head) -> Body:
+            def without(last: LineRef) -> Body:
                 resealed = unlocked.make_resealed(fill_random, without=gone)
                 key, at = self._audit_key_after(last, resealed.key_version), now_rfc3339()
                 changed = root_slots.remove_slots(body, resealed, unlocked.member_id, key, at=at, proved=proved)
@@ -124,10 +124,10 @@ class RootRemoval:
                 replace, lambda last: taken_over(self._audit_key_after(last, body.key_version), at=now_rfc3339())
             )
 
-    async def _change_key(self, replace: Callable[[Body], Awaitable[None]], make: Callable[[Head], Body]) -> None:
+    async def _change_key(self, replace: Callable[[Body], Awaitable[None]], make: Callable[[LineRef], Body]) -> None:
         """`make`: the next body, with its keys made, from the last line under the present audit key."""
 
-        async def store(last: Head) -> AuditKey:
+        async def store(last: LineRef) -> AuditKey:
             self._vault.keyring.require_changes()
             await replace(make(last))
             return audit_keys(self._vault.unlocked).current
@@ -142,7 +142,7 @@ class RootRemoval:
             with contextlib.suppress(StorageUnavailableError):  # its next take-over does it
                 await replace(next_epoch(confirmed(body, member_id), at=now_rfc3339()))
 
-    def _audit_key_after(self, last: Head, key_version: int) -> AuditKeyEntry:
+    def _audit_key_after(self, last: LineRef, key_version: int) -> AuditKeyEntry:
         unlocked = self._vault.unlocked
         return unlocked.make_audit_key(
             fill_random,

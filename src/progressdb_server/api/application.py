@@ -23,8 +23,8 @@ from progressdb_server.api.gate import head, limits
 from progressdb_server.api.gate.access import PROBE_PATHS, AccessControl
 from progressdb_server.api.gate.errors import ApiError, internal
 from progressdb_server.api.gate.keys import NOT_AUTHENTICATED, payer
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import NO_CONTENT, Exchange, Response, error_response
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import NO_CONTENT, ApiResponse, Exchange, error_response
 from progressdb_server.api.openapi.description import Operation
 from progressdb_server.api.routes import admin, messages, threads
 from progressdb_server.api.routes.documentation import with_documentation
@@ -89,7 +89,7 @@ class Application:
             return  # the server is started without lifespan and without WebSockets
         started_s = self._clock()
         self._metrics.started()
-        request = Request(scope, receive)
+        request = ApiRequest(scope, receive)
         reading = RequestReads(request.request_id)
         READING.set(reading)  # for this request's task and the tasks that it starts
         common: tuple[Header, ...] = ((b"x-request-id", request.request_id.encode("ascii")),)
@@ -135,11 +135,11 @@ class Application:
                 _log_response(request, exchange.status, seconds, identified=identified)
 
 
-def _refusal(error: ApiError, request: Request) -> Response:
+def _refusal(error: ApiError, request: ApiRequest) -> ApiResponse:
     return error_page(error, request) if request.path.startswith("/viewer/") else error_response(error)
 
 
-def _error_of(error: Exception, request: Request) -> ApiError:
+def _error_of(error: Exception, request: ApiRequest) -> ApiError:
     """The error response; logs an unreadable record, a refusal of the key service, and an unexpected error."""
     known = api_error(error)
     if known is None:
@@ -163,7 +163,7 @@ def _error_of(error: Exception, request: Request) -> ApiError:
     return known
 
 
-def _log_reading(request: Request, reading: RequestReads) -> None:
+def _log_reading(request: ApiRequest, reading: RequestReads) -> None:
     """Who had records opened. The audit log of the key service has the same request id, with the keys and the time.
 
     `user` has signed, `author` is whom a holder of an API key acts for, by its own word.
@@ -214,7 +214,7 @@ class RefusalLog:
         self._counts.clear()
 
 
-def _log_response(request: Request, status: int, seconds: float, *, identified: bool) -> None:
+def _log_response(request: ApiRequest, status: int, seconds: float, *, identified: bool) -> None:
     """Failures as warnings, refused requests of known callers as information, everything else for debugging. So are
     probes: `Readiness` logs when their answer changes.
 

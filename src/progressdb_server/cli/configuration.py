@@ -18,7 +18,7 @@ from cyclopts import App
 from minikms.commands.output import print_result
 from minikms.commands.usage import EXIT_FAILED, CommandError
 from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, Json, MasterKeyFd, MasterKeyFile, load_config
-from progressdb_server.config import Config, ConfigError, ConfigMissingError, LoadedConfig, Tls
+from progressdb_server.config import Config, ConfigError, ConfigMissingError, LoadedConfig, TlsSection
 from progressdb_server.http.listener import check_tls
 from progressdb_server.server import check_key_source
 
@@ -87,7 +87,7 @@ def check(config: Config, *, has_master_key: bool) -> None:
             raise ConfigMissingError(f"kms.{name} names {path}, which does not exist")
 
 
-def tls_warning(tls: Tls, now_s: float) -> str:
+def tls_warning(tls: TlsSection, now_s: float) -> str:
     """A warning if the certificate is not valid yet, has expired or expires soon; otherwise empty."""
     if not tls.cert_file:
         return ""

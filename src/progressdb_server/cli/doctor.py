@@ -18,7 +18,7 @@ from minikms.api.printable import clean
 from minikms.commands.output import counted, print_result
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_for_store
-from progressdb_server.config import Store
+from progressdb_server.config import StoreSection
 from progressdb_server.store import places
 from progressdb_server.store.model import FormatError, StoreUnavailableError
 
@@ -74,7 +74,7 @@ def _orphans(client: AdminClient) -> Iterator[dict[str, str]]:
         after = answer.get("next")
 
 
-def _examined(store: Store, *, shown: bool) -> dict[str, Any]:
+def _examined(store: StoreSection, *, shown: bool) -> dict[str, Any]:
     """The page of the database, printed at once: the server may not answer."""
     page: dict[str, Any] = {}
     try:

@@ -65,7 +65,7 @@ class Fields(msgspec.Struct, frozen=True, gc=False):
     expects_continue: bool
 
 
-class Head(msgspec.Struct, frozen=True, gc=False):
+class RequestHead(msgspec.Struct, frozen=True, gc=False):
     method: str
     path: bytes
     query: bytes
@@ -74,7 +74,7 @@ class Head(msgspec.Struct, frozen=True, gc=False):
     """The offset at which the head ends."""
 
 
-def parse_head(data: bytes, at: int, last: Fields | None = None) -> Head | None:
+def parse_head(data: bytes, at: int, last: Fields | None = None) -> RequestHead | None:
     """Parse the head that begins at `at`; None if its end is missing. `last`: those of an earlier head, which are not
     parsed again if they recur."""
     stop = data.find(b"\r\n", at)
@@ -96,7 +96,7 @@ def parse_head(data: bytes, at: int, last: Fields | None = None) -> Head | None:
     end = version_at + len(fields.raw)
     _check_length(end - at)
     method, path, query = line.groups(b"")
-    return Head(method.decode("ascii"), path or b"/", query, fields, end)
+    return RequestHead(method.decode("ascii"), path or b"/", query, fields, end)
 
 
 def _check_beginning(line: bytes) -> None:

@@ -21,7 +21,7 @@ from typing import Final
 
 from minikms.platform.accepting import ACCEPTS_PER_TURN_COUNT_MAX, AcceptLoop
 from minikms.platform.logs import Log
-from progressdb_server.config import ConfigError, ConfigMissingError, Tls
+from progressdb_server.config import ConfigError, ConfigMissingError, TlsSection
 from progressdb_server.http import limits
 from progressdb_server.http.asgi import ASGIApp
 from progressdb_server.http.protocol import Connection
@@ -50,7 +50,7 @@ def bind(address: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {address}:{port}: {reason}; choose another address with --addr") from None
 
 
-def check_tls(tls: Tls) -> None:
+def check_tls(tls: TlsSection) -> None:
     """Checks that certificate and key match. Raises ConfigError, and ConfigMissingError if a file does not exist."""
     if not tls.cert_file:
         return
@@ -63,7 +63,7 @@ def check_tls(tls: Tls) -> None:
         raise ConfigError(f"TLS cannot use {tls.cert_file} with {tls.key_file}: {reason}") from None
 
 
-def _tls_context(tls: Tls) -> ssl.SSLContext:
+def _tls_context(tls: TlsSection) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # With an empty password, OpenSSL refuses an encrypted key and does not ask for its password on a terminal.
@@ -147,7 +147,7 @@ async def serve_http(
     application: ASGIApp,
     listener: socket.socket,
     *,
-    tls: Tls,
+    tls: TlsSection,
     stop: asyncio.Event,
     drain: asyncio.Event | None = None,
     shares: Shares | None = None,

@@ -316,7 +316,7 @@ class Connection(asyncio.Protocol):
         if received.paused and not self._continues and (received.in_body or not self._ended):
             received.resume()
 
-    def _begin(self, head: framing.Head) -> None:
+    def _begin(self, head: framing.RequestHead) -> None:
         fields = head.fields
         raw_path = head.path
         path = raw_path.decode("ascii")

@@ -47,7 +47,7 @@ class Received:
         self._at = 0
 
     # --- requests -----------------------------------------------------------------------------------------------
-    def head(self) -> framing.Head | None:
+    def head(self) -> framing.RequestHead | None:
         """The next one; None if more bytes are needed. Raises HttpError."""
         data, at = self.data, self._at
         while data.startswith(b"\r\n", at):  # RFC 9112, section 2.2

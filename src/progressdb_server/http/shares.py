@@ -27,11 +27,11 @@ from collections.abc import Awaitable, Callable, Hashable, Sequence
 from typing import Final, NamedTuple, Protocol
 
 from minikms.platform.addresses import address_group
-from progressdb_server.config import Server
+from progressdb_server.config import ServerSection
 from progressdb_server.http import limits
 from progressdb_server.http.asgi import ClientGoneError, Header, ListsFullError
 
-_DEFAULTS: Final = Server()
+_DEFAULTS: Final = ServerSection()
 
 
 class Closable(Protocol):
@@ -56,7 +56,7 @@ class _Unread(NamedTuple):
 class Shares:
     def __init__(
         self,
-        server: Server = _DEFAULTS,
+        server: ServerSection = _DEFAULTS,
         is_proxy: Callable[[str], bool] = lambda address: False,
         claim: Callable[[Sequence[Header]], bytes] = lambda headers: b"",
     ) -> None:

@@ -19,7 +19,7 @@ from typing import ClassVar, Final
 from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import PROGRESS_S, Due, KeyRotation
-from progressdb_server.jobs.runner import Kind, Pace, Runner
+from progressdb_server.jobs.runner import Kind, Runner, Throttle
 from progressdb_server.jobs.states import (
     ALL_THREADS,
     AT_WORK,
@@ -66,7 +66,7 @@ class RotationsOfMany(Kind):
             return move(job, "resume", cursor="", done=0, failed=0, reason="")
         return move(job, "resume")
 
-    async def step(self, job_id: str, pace: Pace) -> None:
+    async def step(self, job_id: str, pace: Throttle) -> None:
         row = await self._table.row(job_id)
         if row.job.state == "queued":
             total = 0 if _due(row.job) else (await self._store.engine.counted()).threads

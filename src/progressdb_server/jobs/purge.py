@@ -27,7 +27,7 @@ from minikms.client import ReencryptItem
 from minikms.platform.logs import Log
 from progressdb_server.conversations.purging import SeenClock
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.jobs.runner import Kind, Pace, Runner
+from progressdb_server.jobs.runner import Kind, Runner, Throttle
 from progressdb_server.jobs.states import JobConflictError, JobFailedError, changed, move
 from progressdb_server.jobs.table import Row
 from progressdb_server.kms.provider import Fault, Provider, fault, key_pages
@@ -116,7 +116,7 @@ class ThreadPurge(Kind):
                         await self._runner.add(self, thread, trigger="deleted_after")
             await asyncio.sleep(0)
 
-    async def step(self, job_id: str, pace: Pace) -> None:
+    async def step(self, job_id: str, pace: Throttle) -> None:
         row = await self._table.row(job_id)
         if row.job.state == "queued":
             row = await self._table.store(row, move(row.job, "start"))
@@ -216,7 +216,7 @@ class ThreadPurge(Kind):
         return opening
 
     # --- records --------------------------------------------------------------------------------------------------
-    async def _remove(self, row: Row, pace: Pace) -> None:
+    async def _remove(self, row: Row, pace: Throttle) -> None:
         thread, purging = row.job.thread, self._store.purging
         last = await purging.newest(thread)
         # A key service that hides keys, or another one, says "not found": that is believed of keys destroyed here.

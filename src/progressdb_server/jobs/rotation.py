@@ -31,9 +31,9 @@ from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
 from minikms.platform.logs import Log
-from progressdb_server.config import Rotation
+from progressdb_server.config import RotationSection
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.jobs.runner import Kind, Pace, Runner
+from progressdb_server.jobs.runner import Kind, Runner, Throttle
 from progressdb_server.jobs.states import (
     AT_WORK,
     Failure,
@@ -115,7 +115,7 @@ class KeyRotation(Kind):
         runner: Runner,
         store: Conversations,
         provider: Provider,
-        settings: Rotation,
+        settings: RotationSection,
         *,
         exclusive: bool,
         destroys: bool,
@@ -236,7 +236,7 @@ class KeyRotation(Kind):
         return dropped
 
     # --- the steps ------------------------------------------------------------------------------------------------
-    async def step(self, job_id: str, pace: Pace) -> None:
+    async def step(self, job_id: str, pace: Throttle) -> None:
         await self.prepare(job_id)
         row = await self._table.row(job_id)
         if row.job.state == "queued":
@@ -326,7 +326,7 @@ class KeyRotation(Kind):
                 await self._provider.retire_key(key_id, request_id=job.id)
 
     # --- re-encrypting --------------------------------------------------------------------------------------------
-    async def _migrate(self, row: Row, pace: Pace) -> Row:
+    async def _migrate(self, row: Row, pace: Throttle) -> Row:
         """One pass, from the cursor to the newest record. Some chunks are with the key service while others are on
         their way to the disk; each is written after the one before it, or not at all. Whatever fails, the pass begins
         again at the stored cursor."""
@@ -405,7 +405,7 @@ class KeyRotation(Kind):
         return self._table.submit(row, after, moves)
 
     # --- verifying ------------------------------------------------------------------------------------------------
-    async def _verify(self, row: Row, pace: Pace) -> Row:
+    async def _verify(self, row: Row, pace: Throttle) -> Row:
         """The census and the reading back in one pass; after it the job is done or runs again."""
         job = row.job
         left, verified, stored_at = 0, 0, time.monotonic()
@@ -447,7 +447,7 @@ class KeyRotation(Kind):
         )
         return [_failure(row, refused) for row, refused in zip(records, outcomes, strict=True) if refused is not None]
 
-    async def _finish(self, row: Row, verified: int, pace: Pace) -> Row:
+    async def _finish(self, row: Row, verified: int, pace: Throttle) -> Row:
         kept = 0
         async for entries in self._store.rekeying.count_kept(row.job.id, _chunk_records(pace)):
             kept += entries
@@ -463,7 +463,7 @@ class KeyRotation(Kind):
         return row
 
 
-def _chunk_records(pace: Pace) -> int:
+def _chunk_records(pace: Throttle) -> int:
     return PACED_CHUNK_RECORDS_MAX if pace.bounded else CHUNK_RECORDS_MAX
 
 

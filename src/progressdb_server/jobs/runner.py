@@ -72,7 +72,7 @@ OTHER_WORK: Final = "other work"
 _log = Log()
 
 
-class Pace:
+class Throttle:
     def __init__(self, per_second: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`per_second` 0: without a bound."""
         self._per_second = per_second
@@ -111,7 +111,7 @@ class Kind:
     async def prepare(self, job_id: str) -> None:
         """For a row with `keying`: what comes before the job waits for its turn. Errors as in `step`."""
 
-    async def step(self, job_id: str, pace: Pace) -> None:
+    async def step(self, job_id: str, pace: Throttle) -> None:
         """Work on a job, from where its row says, until it has ended or is paused. Called again after an error of the
         store or of the key service that can pass. Raises JobFailedError when the job can't go on."""
 
@@ -120,7 +120,7 @@ class Kind:
         return move(job, "resume")
 
 
-class Workers:
+class JobWorkers:
     """Works on the jobs whose turn it is. `threads`: of whoever begins a job; the end of its work frees its thread."""
 
     def __init__(
@@ -130,7 +130,7 @@ class Workers:
         threads: dict[str, str],
         kind_of: Callable[[Job], Kind],
         *,
-        pace: Pace,
+        pace: Throttle,
         stop: asyncio.Event,
     ) -> None:
         self._store = store
@@ -206,7 +206,7 @@ class Workers:
             self.running[job_id] = asyncio.get_running_loop().create_task(self._work(job))
 
     async def _work(self, job: Job) -> None:
-        kind, pace = self._kind_of(job), self._pace if job.rate is None else Pace(job.rate)
+        kind, pace = self._kind_of(job), self._pace if job.rate is None else Throttle(job.rate)
         try:
             await self._persist(job.id, lambda: kind.step(job.id, pace))
         finally:
@@ -322,7 +322,7 @@ class Runner:
         self._beginning = asyncio.Lock()
         self._threads: dict[str, str] = {}
         """Thread → id of the job that has it, or OTHER_WORK."""
-        self._workers = Workers(store, self.table, self._threads, self._kind, pace=Pace(rate), stop=stop)
+        self._workers = JobWorkers(store, self.table, self._threads, self._kind, pace=Throttle(rate), stop=stop)
         store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers.running))
         store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
         store.metrics.gauges["progressdb_jobs_records_left"] = (

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final
 
 from minikms.platform import clock
-from progressdb_server.config import Retention, Rotation
+from progressdb_server.config import Retention, RotationSection
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.destruction import KeyDestruction
 from progressdb_server.jobs.many import RotationsOfMany
@@ -66,7 +66,7 @@ class Jobs(Runner):
         self,
         store: Conversations,
         provider: Provider,
-        settings: Rotation,
+        settings: RotationSection,
         retention: Retention = KEEP_ALL,
         *,
         exclusive: bool,

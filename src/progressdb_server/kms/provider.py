@@ -21,7 +21,7 @@ from minikms import api
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
 from minikms.client import AsyncClient, DecryptItem, EncryptItem, ReencryptItem
 from minikms.platform.logs import Log
-from minikms.processes.tracing import Exchange
+from minikms.processes.tracing import TracedExchange
 from progressdb_server.metrics import KmsMetrics
 
 WAIT_S: Final = 5.0
@@ -147,7 +147,7 @@ class RequestReads:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.opened = 0
-        self.exchanges: tuple[Exchange, ...] = ()
+        self.exchanges: tuple[TracedExchange, ...] = ()
 
 
 READING: Final[ContextVar[RequestReads | None]] = ContextVar("progressdb_reading", default=None)

@@ -22,7 +22,7 @@ BUSY_RETRY_S: Final = 0.05
 BUSY_S_MAX: Final = 60.0
 
 
-class Head(NamedTuple):
+class ThreadTail(NamedTuple):
     """The last stamp of a thread as its row has it, None without a row, and as its stored versions have it; empty for
     none. `thread_part` is of keys."""
 
@@ -46,7 +46,7 @@ class View(Reads, Protocol):
         """All entries once, in any order. Raises EngineUnavailableError."""
         ...
 
-    def heads(self) -> AsyncIterator[list[Head]]:
+    def heads(self) -> AsyncIterator[list[ThreadTail]]:
         """The head of each thread in a database. Raises EngineUnavailableError."""
         ...
 
@@ -66,8 +66,8 @@ class LocalView(LocalReads):
             yield page
             lower = keyspace.next_key(page[-1][0])
 
-    async def heads(self) -> AsyncIterator[list[Head]]:
-        none: tuple[list[Head], ...] = ()
+    async def heads(self) -> AsyncIterator[list[ThreadTail]]:
+        none: tuple[list[ThreadTail], ...] = ()
         for page in none:
             yield page
 

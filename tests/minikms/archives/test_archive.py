@@ -17,10 +17,10 @@ from minikms.archives.archive import (
     MAGIC,
     TAG_BYTES,
     ArchiveError,
+    ArchiveManifest,
     ArchiveReader,
     ArchiveWriter,
     AuditHead,
-    Manifest,
     TagKey,
     dek_entry_name,
 )
@@ -37,7 +37,7 @@ from tests.minikms.keys import keyrings
 VECTORS = Path(__file__).parents[2] / "vectors"
 ROOT, SPARE = memoryview(bytes(range(32))), memoryview(bytes(range(100, 132)))
 KEY_ID = make_key_id(1_000_000, bytes(10))
-MANIFEST = Manifest(
+MANIFEST = ArchiveManifest(
     archive_id="a_0123456789abcdef",
     created_at="2026-11-24T15:00:00Z",
     keyring_id="kr_1",
@@ -71,7 +71,7 @@ def made() -> bytes:
 ARCHIVE = made()
 
 
-def read(data: bytes, root: memoryview = ROOT) -> tuple[Manifest, dict[str, bytes]]:
+def read(data: bytes, root: memoryview = ROOT) -> tuple[ArchiveManifest, dict[str, bytes]]:
     reader = ArchiveReader(io.BytesIO(data))
     content = {entry.name: entry.content for entry in reader.entries()}
     return reader.check_tag(root, ARENA), content

@@ -14,7 +14,7 @@ import pytest
 
 from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
 from minikms.archives import create, restore
-from minikms.archives.archive import ArchiveError, ArchiveReader, ArchiveWriter, Manifest, dek_entry_name
+from minikms.archives.archive import ArchiveError, ArchiveManifest, ArchiveReader, ArchiveWriter, dek_entry_name
 from minikms.archives.create import NewArchive, Task, remove_failed, remove_leftover, staging_path
 from minikms.crypto.aead import NonceSource
 from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive
@@ -48,7 +48,7 @@ def task_for(data_dir: Path) -> Iterator[Task]:
         yield Task(arena, root, lambda data: opened_keyring(arena, root, data), lambda done, total: None)
 
 
-def made(data_dir: Path, path: Path) -> Manifest:
+def made(data_dir: Path, path: Path) -> ArchiveManifest:
     with task_for(data_dir) as task:
         manifest = create.create(str(data_dir), str(path), task, NEW).manifest
     assert remove_leftover(str(path), NEW.archive_id)
@@ -178,7 +178,7 @@ def test_an_archive_replaced_between_its_two_readings_is_not_good(
         create.create(str(data_dir), str(other), task, NewArchive("a_ffffffffffffffff", AT, lambda: None))
     check_tag = ArchiveReader.check_tag
 
-    def exchanged(self: ArchiveReader, root: memoryview, arena: SecretArena) -> Manifest:
+    def exchanged(self: ArchiveReader, root: memoryview, arena: SecretArena) -> ArchiveManifest:
         other.replace(archive)
         return check_tag(self, root, arena)
 

@@ -12,9 +12,9 @@ from minikms.audit import AuditKey, AuditLog, Event, record
 from minikms.audit.chain import Ed25519Signer
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.queries import verify_directory
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.audit.repair import AuditKeys
-from minikms.audit.rules import Report, Trust
+from minikms.audit.rules import Trust, VerificationReport
 from tests.minikms.audit import independent_verifier
 
 LOG = "minikms-audit.log"
@@ -28,7 +28,7 @@ class Key:
         self.mac_key = memoryview(bytearray([version] * 32))
         self.seed = memoryview(bytearray([100 + version] * 32))
         self.public_key = Ed25519Signer(self.seed).public_key()
-        self.since: Head | None = None
+        self.since: LineRef | None = None
 
     def audit_key(self) -> AuditKey:
         return AuditKey(self.version, self.mac_key, Ed25519Signer(self.seed), self.since)
@@ -56,7 +56,7 @@ def open_log(
     key: Key = KEY1,
     *,
     former: tuple[AuditKey, ...] = (),
-    since: Head | None = None,
+    since: LineRef | None = None,
     clock: Callable[[], int] | None = None,
     **options: object,
 ) -> AuditLog:
@@ -128,9 +128,9 @@ def verify(
     directory: Path,
     *keys: Key,
     public_only: bool = False,
-    expect_head: Head | None = None,
-    since: Mapping[int, Head] | None = None,
-) -> Report:
+    expect_head: LineRef | None = None,
+    since: Mapping[int, LineRef] | None = None,
+) -> VerificationReport:
     """The report of the product's verifier, after checking that the independent one agrees with it."""
     keys = keys or (KEY1,)
     since = {} if public_only else since or {}

@@ -18,7 +18,7 @@ from typing import Any
 from minikms.api.base64 import encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
-from minikms.audit.record import Event, Facts, Head
+from minikms.audit.record import Event, Facts, LineRef
 from tests.minikms.audit import independent_verifier
 from tests.minikms.audit.logmaker import KEY1, KEY2, LOG, encrypt_event
 
@@ -70,7 +70,7 @@ def make_receipt(key_id: str = f"k_01jd{5:022}", **changed: str | int) -> bytes:
     }
     event = Event(type="destroy_key", actor="peer_uid:1000", key_id=key_id, facts=facts)
     signer = KEY1.audit_key().signer
-    line, _ = chain.make_lines([event], Head(8, bytes([8] * 32)), KEY1.mac_key, TS, signer=signer)
+    line, _ = chain.make_lines([event], LineRef(8, bytes([8] * 32)), KEY1.mac_key, TS, signer=signer)
     return line[:-1]
 
 
@@ -79,13 +79,13 @@ class Maker:
 
     def __init__(self) -> None:
         self.key: AuditKey = KEY1.audit_key()
-        self.head = Head(0, record.ZERO_MAC)
+        self.head = LineRef(0, record.ZERO_MAC)
         self.coverage = Coverage()
         self.files: dict[str, list[str]] = {}
         self.file = ""
         self.ts = TS
 
-    def take(self, line: bytes, head: Head) -> None:
+    def take(self, line: bytes, head: LineRef) -> None:
         self.files[self.file].append(line[:-1].decode("ascii"))
         self.coverage.add(line, 1)
         self.head = head

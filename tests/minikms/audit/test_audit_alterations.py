@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms.audit import record
-from minikms.audit.record import Head
-from minikms.audit.rules import FINDINGS_COUNT_MAX, Report
+from minikms.audit.record import LineRef
+from minikms.audit.rules import FINDINGS_COUNT_MAX, VerificationReport
 from minikms.audit.verify import Verifier
 from tests.minikms.audit.logmaker import (
     KEY1,
@@ -43,7 +43,7 @@ def put(directory: Path, lines: list[bytes], end: bytes = b"\n") -> None:
     (directory / LOG).write_bytes(b"\n".join(lines) + end)
 
 
-def judge_bytes(content: bytes, **options: bool) -> Report:
+def judge_bytes(content: bytes, **options: bool) -> VerificationReport:
     """The checker's report on the content of a log file."""
     verifier = Verifier(trust(**options))
     *lines, rest = content.split(b"\n")
@@ -54,7 +54,7 @@ def judge_bytes(content: bytes, **options: bool) -> Report:
     return verifier.report()
 
 
-def kinds(report: Report) -> list[tuple[str, int]]:
+def kinds(report: VerificationReport) -> list[tuple[str, int]]:
     return [(finding.kind, finding.seq) for finding in report.findings]
 
 
@@ -195,14 +195,14 @@ def test_removed_last_lines_are_found_only_with_a_known_head(altered: Path) -> N
     lines = lines_of(altered)
     put(altered, lines[:9])
     assert verify(altered).intact
-    known = Head(11, record.parse_line(lines[10])[2])
+    known = LineRef(11, record.parse_line(lines[10])[2])
     report = verify(altered, expect_head=known)
     assert kinds(report) == [("truncated", 9)]
     assert "ends at line 9, but the expected line 11 was written" in report.findings[0].text
 
 
 def test_lines_newer_than_the_known_head_are_counted(original: Path) -> None:
-    known = Head(10, record.parse_line(lines_of(original)[9])[2])
+    known = LineRef(10, record.parse_line(lines_of(original)[9])[2])
     report = verify(original, expect_head=known)
     assert report.intact
     assert report.lines_after_expected_head == COUNT + 2 - 10
@@ -215,7 +215,7 @@ def test_another_genuine_end_is_found_with_a_known_head(original: Path, tmp_path
     for log in logs:
         log.add(encrypt_event(1))
         log.close()
-    known = Head(COUNT + 3, record.parse_line(lines_of(first)[COUNT + 2])[2])
+    known = LineRef(COUNT + 3, record.parse_line(lines_of(first)[COUNT + 2])[2])
     assert verify(first, expect_head=known).intact
     assert verify(second).intact
     assert kinds(verify(second, expect_head=known)) == [("anchor", COUNT + 3)]

@@ -15,8 +15,8 @@ from minikms.audit.reader import list_segments
 from minikms_daemon.audit.maintenance import (
     RETRY_CALLS,
     CompressionError,
+    LogRetention,
     Maintenance,
-    Retention,
     compress_closed,
     remove_segments,
 )
@@ -103,8 +103,8 @@ def test_a_damaged_compressed_file_is_found(altered: Path) -> None:
 def test_removed_segments_are_named_before_and_the_rest_is_intact(altered: Path) -> None:
     compress_closed(str(altered))
     log = open_log(altered, clock=Clock(now=LATER, step=CHORES_NS))
-    assert remove_segments(log, Retention(bytes_max=1, days_min=90)) == [], "the floor wins"
-    removed = remove_segments(log, Retention(bytes_max=1, days_min=0))
+    assert remove_segments(log, LogRetention(bytes_max=1, days_min=90)) == [], "the floor wins"
+    removed = remove_segments(log, LogRetention(bytes_max=1, days_min=0))
     assert removed == [f"{LOG}.{number}.zst" for number in range(1, len(removed) + 1)]
     assert list_segments(str(altered)) == {}
     log.close()
@@ -116,9 +116,9 @@ def test_removed_segments_are_named_before_and_the_rest_is_intact(altered: Path)
 def test_retention_stops_when_the_rest_is_within_the_bound(altered: Path) -> None:
     sizes = [(altered / names[0]).stat().st_size for names in list_segments(str(altered)).values()]
     log = open_log(altered, clock=Clock(now=LATER))
-    removed = remove_segments(log, Retention(bytes_max=sum(sizes[2:]), days_min=0))
+    removed = remove_segments(log, LogRetention(bytes_max=sum(sizes[2:]), days_min=0))
     assert removed == [f"{LOG}.1", f"{LOG}.2"]
-    assert remove_segments(log, Retention(days_min=0)) == [], "without a bound everything is kept"
+    assert remove_segments(log, LogRetention(days_min=0)) == [], "without a bound everything is kept"
     log.close()
     assert verify(altered).intact
 
@@ -126,14 +126,14 @@ def test_retention_stops_when_the_rest_is_within_the_bound(altered: Path) -> Non
 def test_days_min_counts_from_the_closing_of_a_file(altered: Path) -> None:
     closed_at = [events_of(altered / f"{LOG}.{number}")[0].ts for number in (2, 3)]
     log = open_log(altered, clock=Clock(now=closed_at[0] + DAY_NS, step=0))
-    assert remove_segments(log, Retention(bytes_max=1, days_min=1)) == [f"{LOG}.1"]
+    assert remove_segments(log, LogRetention(bytes_max=1, days_min=1)) == [f"{LOG}.1"]
     log.close()
 
 
 def test_a_segment_that_an_auditor_has_not_taken_whole_stays(altered: Path) -> None:
     last = [events_of(altered / f"{LOG}.{number}")[-1].seq for number in (1, 2)]
     log = open_log(altered, clock=Clock(now=LATER))
-    upkeep, taken = Retention(bytes_max=1, days_min=0), 0
+    upkeep, taken = LogRetention(bytes_max=1, days_min=0), 0
     for taken, removed in ((0, []), (last[0] - 1, []), (last[0], [f"{LOG}.1"]), (last[1] - 1, [])):
         assert remove_segments(log, upkeep, taken) == removed
     maintenance = Maintenance(log, keep=upkeep, taken_seq=lambda: taken)
@@ -148,7 +148,7 @@ def test_a_segment_that_was_named_but_not_deleted_is_no_finding(altered: Path) -
     kept = (altered / f"{LOG}.1").read_bytes()
     sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
     log = open_log(altered, clock=Clock(now=LATER))
-    assert remove_segments(log, Retention(bytes_max=sizes - 1, days_min=0)) == [f"{LOG}.1"]
+    assert remove_segments(log, LogRetention(bytes_max=sizes - 1, days_min=0)) == [f"{LOG}.1"]
     log.close()
     (altered / f"{LOG}.1").write_bytes(kept)
     assert verify(altered).intact
@@ -157,7 +157,7 @@ def test_a_segment_that_was_named_but_not_deleted_is_no_finding(altered: Path) -
 def test_a_deleted_segment_without_a_retention_line_is_missing(altered: Path) -> None:
     log = open_log(altered, clock=Clock(now=LATER))
     sizes = sum((altered / names[0]).stat().st_size for names in list_segments(str(altered)).values())
-    remove_segments(log, Retention(bytes_max=sizes - 1, days_min=0))
+    remove_segments(log, LogRetention(bytes_max=sizes - 1, days_min=0))
     log.close()
     assert verify(altered).intact
     (altered / f"{LOG}.2").unlink()
@@ -170,7 +170,7 @@ def test_a_deleted_segment_without_a_retention_line_is_missing(altered: Path) ->
 def test_each_closed_segment_is_compressed_and_retention_follows(tmp_path: Path) -> None:
     clock = Clock(now=LATER, step=CHORES_NS)
     log = open_log(tmp_path, clock=clock, limits=LogLimits(segment_bytes=3000, reserve_bytes=0))
-    upkeep = Maintenance(log, keep=Retention(bytes_max=2500, days_min=0))
+    upkeep = Maintenance(log, keep=LogRetention(bytes_max=2500, days_min=0))
     for _ in range(3):
         begun = log.writer.segment
         write_events(log, 60)
@@ -191,7 +191,7 @@ def test_maintenance_reports_failures_and_tries_again(tmp_path: Path, monkeypatc
         tmp_path, clock=Clock(now=LATER, step=CHORES_NS), limits=LogLimits(segment_bytes=3000, reserve_bytes=0)
     )
     write_events(log, 30)
-    upkeep = Maintenance(log, keep=Retention(bytes_max=1, days_min=0))
+    upkeep = Maintenance(log, keep=LogRetention(bytes_max=1, days_min=0))
     with failing_os(monkeypatch, "rename"), failing_os(monkeypatch, "unlink"):
         for _ in range(RETRY_CALLS):
             upkeep.work()

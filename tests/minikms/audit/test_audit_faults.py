@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit.rules import Report
+from minikms.audit.rules import VerificationReport
 from tests import needs
 from tests.harness.scripts import interpreter_words
 from tests.minikms.audit.logmaker import LOG, make_log, types_of, verify
@@ -35,7 +35,7 @@ def under_strace(directory: Path, *injections: str) -> list[str]:
     return command
 
 
-def check_answered(directory: Path, printed: list[str]) -> Report:
+def check_answered(directory: Path, printed: list[str]) -> VerificationReport:
     """Every line that the writer confirmed is in the log, which is intact."""
     report = verify(directory)
     assert report.intact, report.findings

@@ -15,7 +15,7 @@ from minikms.audit import chain, record
 from minikms.audit.chain import Coverage, KeyState
 from minikms.audit.log import LogLimits
 from minikms.audit.reader import list_segments
-from minikms.audit.record import Event, Head
+from minikms.audit.record import Event, LineRef
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,
@@ -35,7 +35,7 @@ from tests.minikms.audit.logmaker import (
 
 ALIEN_SIG = bytes(range(32))
 NOW = 1_700_000_000 * SECOND
-BEGINNING = Head(0, record.ZERO_MAC)
+BEGINNING = LineRef(0, record.ZERO_MAC)
 
 
 def put(path: Path, lines: list[bytes]) -> None:
@@ -162,7 +162,7 @@ def test_segments_of_two_continuations_are_not_accepted_as_one_log(tmp_path: Pat
 # --- with an audit key that was changed since -------------------------------------------------------------------------
 
 
-def rewritten(lines: list[bytes], key: Key, before: Head = BEGINNING) -> list[bytes]:
+def rewritten(lines: list[bytes], key: Key, before: LineRef = BEGINNING) -> list[bytes]:
     """The lines of a segment with another actor, with new MACs and signatures of `key`."""
     made: list[bytes] = []
     head, coverage = before, Coverage()
@@ -192,7 +192,7 @@ def rewritten(lines: list[bytes], key: Key, before: Head = BEGINNING) -> list[by
 
 
 @pytest.fixture
-def changed(tmp_path: Path) -> tuple[Path, Head]:
+def changed(tmp_path: Path) -> tuple[Path, LineRef]:
     """A log in two files whose key changed in the second, and its last line under the first key."""
     directory = tmp_path / "changed"
     make_log(directory, 5)
@@ -206,7 +206,7 @@ def changed(tmp_path: Path) -> tuple[Path, Head]:
     return directory, since
 
 
-def test_an_earlier_key_can_not_rewrite_a_closed_file(changed: tuple[Path, Head]) -> None:
+def test_an_earlier_key_can_not_rewrite_a_closed_file(changed: tuple[Path, LineRef]) -> None:
     directory, since = changed
     assert verify(directory, KEY1, KEY2, since={2: since}).intact
     assert verify(directory, public_only=True).intact
@@ -218,12 +218,12 @@ def test_an_earlier_key_can_not_rewrite_a_closed_file(changed: tuple[Path, Head]
     assert kinds(directory, KEY1, public_only=True) == {"altered"}
 
 
-def test_an_earlier_key_can_not_rewrite_lines_before_the_change(changed: tuple[Path, Head]) -> None:
+def test_an_earlier_key_can_not_rewrite_lines_before_the_change(changed: tuple[Path, LineRef]) -> None:
     directory, since = changed
     lines = lines_of(directory)
     at = next(index for index, line in enumerate(lines) if b'"type":"audit_key"' in line)
     first = record.parse_line(lines[0])[0]
-    previous = Head(first.seq - 1, decode_exact(first.facts["previous_sig"], 32) or b"")
+    previous = LineRef(first.seq - 1, decode_exact(first.facts["previous_sig"], 32) or b"")
     put(directory / LOG, rewritten(lines[: at + 1], KEY1, previous) + lines[at + 1 :])
     assert "foreign" in kinds(directory, KEY1, KEY2, since={2: since})
     assert "altered" in kinds(directory, KEY1, KEY2)
@@ -277,7 +277,7 @@ def test_an_earlier_key_can_not_introduce_a_forged_key(tmp_path: Path) -> None:
     assert kinds(tmp_path, KEY1, KEY2) == {"foreign"}
 
 
-def test_the_report_names_the_public_key_active_at_the_end(changed: tuple[Path, Head]) -> None:
+def test_the_report_names_the_public_key_active_at_the_end(changed: tuple[Path, LineRef]) -> None:
     """A verifier with only a public key compares it with the newest one it knows: the log may end before the change."""
     directory, since = changed
     report = verify(directory, KEY1, public_only=True)
@@ -315,11 +315,11 @@ def test_a_close_after_settle_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_retention_line_is_signed_before_the_deletion(tmp_path: Path) -> None:
-    from minikms_daemon.audit.maintenance import Retention, remove_segments
+    from minikms_daemon.audit.maintenance import LogRetention, remove_segments
 
     make_segments(tmp_path)
     log = open_log(tmp_path, clock=Clock(now=NOW + 3600 * SECOND))
-    assert remove_segments(log, Retention(bytes_max=1, days_min=0))
+    assert remove_segments(log, LogRetention(bytes_max=1, days_min=0))
     report = verify(tmp_path, public_only=True)
     assert report.intact and report.first_seq > 1, "also while the log goes on"
     log.close()

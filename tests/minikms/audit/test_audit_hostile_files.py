@@ -15,7 +15,7 @@ import zstandard
 from minikms.audit import Event, reader, record
 from minikms.audit.log import LogLimits
 from minikms.audit.queries import verify_directory
-from minikms.audit.reader import LAST_BYTES_MAX, Follower, last_lines, list_segments
+from minikms.audit.reader import LAST_BYTES_MAX, LogFollower, last_lines, list_segments
 from minikms.audit.rules import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX
 from minikms.cli import audit
 from minikms_daemon.audit.maintenance import compress_closed
@@ -219,7 +219,7 @@ def test_a_follower_ends_when_the_segment_number_decreases(altered: Path) -> Non
     """The file being written claims to be the first, and closed. A follower must not read it again and again."""
     (altered / LOG).write_bytes((altered / f"{LOG}.1").read_bytes())
     last = max(list_segments(str(altered)))
-    follower = Follower(str(altered))
+    follower = LogFollower(str(altered))
     seqs = [record.peek_seq(line) for line in follower.read(10_000)]
     follower.close()
     assert seqs == list(range(1, record.peek_seq((altered / f"{LOG}.{last}").read_bytes().split(b"\n")[-2]) + 1))

@@ -16,7 +16,7 @@ from minikms.api.errors import AuditUnavailableError
 from minikms.audit import AuditLog, Event, record, writer
 from minikms.audit.log import CHECKPOINT_AGE_NS, CHORES_NS, FSYNC_INTERVAL_MS, LogLimits
 from minikms.audit.reader import LOG_NAME
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,
@@ -512,7 +512,7 @@ def test_the_verifier_accepts_the_head_of_status(tmp_path: Path) -> None:
     seq, sig = log.head["seq"], log.head["sig"]
     assert isinstance(seq, int) and isinstance(sig, str)
     head = record.parse_line(lines_of(tmp_path)[-1])[2]
-    assert verify(tmp_path, expect_head=Head(seq, head)).lines_after_expected_head == 0
+    assert verify(tmp_path, expect_head=LineRef(seq, head)).lines_after_expected_head == 0
 
 
 def test_the_interval_of_syncing_is_the_documented_one() -> None:

@@ -11,7 +11,7 @@ import pytest
 from minikms.api.errors import StartError
 from minikms.audit import ExpectedLog, queries, reader, record, repair, writer
 from minikms.audit.reader import each_segment
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms_daemon.audit.maintenance import compress_closed
 from tests.harness.reading import bytes_read
 from tests.minikms.audit.logmaker import (
@@ -32,8 +32,8 @@ from tests.minikms.audit.logmaker import (
 )
 
 
-def head_of(directory: Path, number: int) -> Head:
-    return Head(number, record.parse_line(lines_of(directory)[number - 1])[2])
+def head_of(directory: Path, number: int) -> LineRef:
+    return LineRef(number, record.parse_line(lines_of(directory)[number - 1])[2])
 
 
 def kill(directory: Path, count: int = 5, key: Key = KEY1) -> None:
@@ -193,19 +193,19 @@ def test_a_log_shorter_than_expected_is_refused(tmp_path: Path) -> None:
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=known))
 
 
-def many(directory: Path) -> list[Head]:
+def many(directory: Path) -> list[LineRef]:
     """A log in several files, some compressed. Returns the heads that it had."""
     make_segments(directory)
     compress_closed(str(directory), below=3)
     lines = [line for file in each_segment(str(directory)) for line in file.lines()]
-    return [Head(record.peek_seq(line), record.split_line(line)[1]) for line in lines]
+    return [LineRef(record.peek_seq(line), record.split_line(line)[1]) for line in lines]
 
 
 def test_the_expected_line_is_found_in_any_file(tmp_path: Path) -> None:
     for head in many(tmp_path):
         open_log(tmp_path, expected=ExpectedLog(exists=True, head=head)).close()
         with pytest.raises(StartError, match=f"line {head.seq} of the audit log is not the one that was written"):
-            open_log(tmp_path, expected=ExpectedLog(exists=True, head=Head(head.seq, bytes(32))))
+            open_log(tmp_path, expected=ExpectedLog(exists=True, head=LineRef(head.seq, bytes(32))))
 
 
 def test_a_log_that_was_truncated_and_continued_is_refused(tmp_path: Path) -> None:

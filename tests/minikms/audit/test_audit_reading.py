@@ -9,7 +9,7 @@ import pytest
 
 from minikms.audit import Event, queries, record
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.reader import DamagedSegmentError, Follower, last_lines
+from minikms.audit.reader import DamagedSegmentError, LogFollower, last_lines
 from minikms_daemon.audit.maintenance import compress_closed
 from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
 
@@ -97,7 +97,7 @@ def test_the_last_lines_are_read_from_the_end(tmp_path: Path, monkeypatch: pytes
 
 def test_a_follower_yields_each_line_once_across_rotation_and_compression(tmp_path: Path) -> None:
     log = open_log(tmp_path, clock=Clock(step=CHORES_NS), limits=SMALL_SEGMENTS)
-    follower = Follower(str(tmp_path))
+    follower = LogFollower(str(tmp_path))
     got: list[bytes] = []
     for turn in range(40):
         write_events(log, 3, first=3 * turn)
@@ -115,7 +115,7 @@ def test_a_follower_yields_each_line_once_across_rotation_and_compression(tmp_pa
 
 def test_a_follower_begins_after_a_line(tmp_path: Path) -> None:
     last = make_segments(tmp_path)
-    follower = Follower(str(tmp_path), after_seq=last - 3)
+    follower = LogFollower(str(tmp_path), after_seq=last - 3)
     assert seqs(follower.read()) == [last - 2, last - 1, last]
     follower.close()
 
@@ -125,7 +125,7 @@ def test_a_follower_waits_for_the_rest_of_a_line(tmp_path: Path, monkeypatch: py
     make_log(tmp_path, 3)
     content = (tmp_path / LOG).read_bytes()
     (tmp_path / LOG).write_bytes(content[:-50])
-    follower = Follower(str(tmp_path))
+    follower = LogFollower(str(tmp_path))
     assert seqs(follower.read()) == [1, 2, 3, 4]
     assert follower.read() == []
     (tmp_path / LOG).write_bytes(content)
@@ -145,7 +145,7 @@ def test_a_follower_says_where_the_numbers_of_lines_jump(tmp_path: Path) -> None
     make_log(tmp_path, 5)
     add_forged_line(tmp_path)
     for after_seq, before in ((0, [1, 2, 3, 4, 5, 6]), (9_000_000_000_000_000_000, [])):
-        follower = Follower(str(tmp_path), after_seq=after_seq)
+        follower = LogFollower(str(tmp_path), after_seq=after_seq)
         if before:
             assert seqs(follower.read()) == before
         for _ in range(2):

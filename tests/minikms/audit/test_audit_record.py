@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms.audit import chain, record
-from minikms.audit.record import Event, Head, MalformedLineError
+from minikms.audit.record import Event, LineRef, MalformedLineError
 from tests.minikms.audit.logmaker import KEY1
 
 texts = st.text(max_size=20)
@@ -39,7 +39,7 @@ clean_events = events_of(st.text(alphabet="abz019 ._-:/+={}[],'", max_size=20))
 
 
 def line_of(event: Event) -> bytes:
-    blob, _ = chain.make_lines([event], Head(0, record.ZERO_MAC), KEY1.mac_key, 1)
+    blob, _ = chain.make_lines([event], LineRef(0, record.ZERO_MAC), KEY1.mac_key, 1)
     assert blob.endswith(b"\n")
     return blob[:-1]
 
@@ -65,14 +65,14 @@ def test_a_line_is_what_a_plain_json_encoder_writes(event: Event) -> None:
 @given(st.lists(clean_events, max_size=5), st.integers(1, 2**62))
 def test_many_lines_made_at_once_have_the_bytes_of_lines_made_one_by_one(many: list[Event], ts: int) -> None:
     """The hot path against the plain one: the struct's encoder, `chain.mac`, `record.encode_line`."""
-    blob, head = chain.make_lines(many, Head(7, bytes([7] * 32)), KEY1.mac_key, ts)
+    blob, head = chain.make_lines(many, LineRef(7, bytes([7] * 32)), KEY1.mac_key, ts)
     expected, seq, sig = b"", 7, bytes([7] * 32)
     for event in many:
         seq += 1
         event_bytes = record.encode_event(msgspec.structs.replace(event, seq=seq, ts=ts))
         sig = chain.mac(KEY1.mac_key, sig, event_bytes)
         expected += record.encode_line(event_bytes, sig)
-    assert (blob, head) == (expected, Head(seq, sig))
+    assert (blob, head) == (expected, LineRef(seq, sig))
 
 
 @given(st.text(max_size=60), st.text(max_size=60))

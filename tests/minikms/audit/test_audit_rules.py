@@ -12,7 +12,7 @@ import pytest
 from minikms.api.base64 import encode_text
 from minikms.audit import chain, record
 from minikms.audit.chain import Coverage
-from minikms.audit.record import Event, Facts, Head
+from minikms.audit.record import Event, Facts, LineRef
 from tests.minikms.audit.logmaker import KEY1, KEY2, LOG, encrypt_event, verify
 from tests.minikms.audit.make_vectors import LOG_ID, STATE, Maker, put
 
@@ -50,7 +50,7 @@ def signed(event_type: str = "checkpoint", *, extra: Facts | None = None, **chan
         event.facts["signature"] = encode_text(maker.key.signer.sign(chain.signed_message(event)))
         event_bytes = record.encode_event(event)
         sig = chain.mac(maker.key.mac_key, maker.head.sig, event_bytes)
-        maker.take(record.encode_line(event_bytes, sig), Head(3, sig))
+        maker.take(record.encode_line(event_bytes, sig), LineRef(3, sig))
         return maker
 
     return make
@@ -96,7 +96,7 @@ def line_after_the_close() -> Maker:
 
 
 OPENING = chain.segment_open_event(
-    LOG_ID, 1, KEY1.public_key, segment=2, previous=Head(2, bytes(32)), closed=Coverage(), state=STATE
+    LOG_ID, 1, KEY1.public_key, segment=2, previous=LineRef(2, bytes(32)), closed=Coverage(), state=STATE
 )
 
 

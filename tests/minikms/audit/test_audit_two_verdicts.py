@@ -20,8 +20,8 @@ from minikms.audit import chain, record
 from minikms.audit.chain import Coverage
 from minikms.audit.log import LogLimits
 from minikms.audit.reader import DamagedSegmentError, each_segment, list_segments
-from minikms.audit.record import Event, Head
-from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
+from minikms.audit.record import Event, LineRef
+from minikms_daemon.audit.maintenance import LogRetention, compress_closed, remove_segments
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,
@@ -72,13 +72,13 @@ class Original:
             write_events(log, 2)
             log.writer.rotate(ts)
             if not whole:
-                remove_segments(log, Retention(bytes_max=1, days_min=0))
+                remove_segments(log, LogRetention(bytes_max=1, days_min=0))
             log.add(encrypt_event(7, thread_id="t", key_ids=["k"], detail="a word"))
             log.close()
         if compressed:
             compress_closed(str(self.directory))
         known = lines_of(self.directory)[-2]
-        self.head = Head(record.peek_seq(known), record.split_line(known)[1])
+        self.head = LineRef(record.peek_seq(known), record.split_line(known)[1])
         self.keys = (KEY1, KEY2) if whole else (KEY2, KEY1)
         self.lines = lines_until(self.directory, self.head.seq)
 

@@ -9,7 +9,7 @@ from minikms.audit import blocks, record
 from minikms.audit.blocks import Indexer, parse_blocks
 from minikms.audit.queries import query
 from minikms.audit.reader import DamagedSegmentError, each_segment, segment_name
-from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
+from minikms_daemon.audit.maintenance import LogRetention, compress_closed, remove_segments
 from tests.minikms.audit.indexed_log import SMALL, Log
 from tests.minikms.audit.logmaker import LOG, open_log
 
@@ -53,7 +53,7 @@ def test_a_reader_by_the_index_finds_what_a_scan_finds(log: Log) -> None:
             log.grow()
         elif step == "retention":
             opened = open_log(log.directory, clock=log.clock, limits=SMALL)
-            assert remove_segments(opened, Retention(bytes_max=10_000, days_min=0))
+            assert remove_segments(opened, LogRetention(bytes_max=10_000, days_min=0))
             opened.close()
             log.grow()
             numbers = [file.number for file in each_segment(str(log.directory))]

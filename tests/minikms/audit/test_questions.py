@@ -10,7 +10,7 @@ from minikms.audit.queries import Query, find, query
 from minikms.audit.questions import Found, Search
 from minikms.audit.reader import each_segment, newest_first
 from minikms.audit.record import parse_line
-from minikms_daemon.audit.maintenance import Retention, compress_closed, remove_segments
+from minikms_daemon.audit.maintenance import LogRetention, compress_closed, remove_segments
 from tests.minikms.audit.indexed_log import SMALL, Log
 from tests.minikms.audit.logmaker import open_log
 
@@ -99,7 +99,7 @@ def test_pages_from_the_end_have_what_a_scan_finds_in_any_state(log: Log) -> Non
             compress_closed(str(log.directory))
         elif state == "retention":
             opened = open_log(log.directory, clock=log.clock, limits=SMALL)
-            assert remove_segments(opened, Retention(bytes_max=10_000, days_min=0))
+            assert remove_segments(opened, LogRetention(bytes_max=10_000, days_min=0))
             opened.close()
         for sought in SOUGHT:
             for count in (1, 7, 2000) if sought.threads else (40,):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minikms import api
 from minikms.keys.dek import DekRecord, bytes_to_key_id, key_id_to_bytes
-from minikms.keys.index import JUDGED_COUNT_MAX, KEY_BYTES, PURPOSES, KeyIndex, Page
+from minikms.keys.index import JUDGED_COUNT_MAX, KEY_BYTES, PURPOSES, KeyIndex, KeyPage
 from tests.minikms_daemon.service.limiting import instructions
 
 AT = "2026-11-24T15:00:00Z"
@@ -142,7 +142,7 @@ def test_the_keys_of_a_thread_cost_the_same_among_any_number() -> None:
     assert costs[1] < costs[0] * 1.1, "binary searches only"
 
 
-def asked(index: KeyIndex) -> tuple[Page, str, list[str]]:
+def asked(index: KeyIndex) -> tuple[KeyPage, str, list[str]]:
     page = index.page(after=record(300).id, limit=2, thread_id="t0", state=None)
     return page, next(index.active_of("t0", "thread")), list(index.active_of("nobody", "thread"))
 

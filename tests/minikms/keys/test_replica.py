@@ -9,7 +9,7 @@ import pytest
 from minikms.api.errors import DecryptionError
 from minikms.crypto import labels
 from minikms.keys import replica
-from minikms.keys.replica import STATE_BYTES, EntrySum, State, read_state
+from minikms.keys.replica import STATE_BYTES, EntrySum, SignedState, read_state
 from minikms.memory.arena import SecretArena, fill_random
 from tests.minikms.keys import keyrings
 
@@ -39,7 +39,7 @@ def test_another_keyring_has_other_terms(arena: SecretArena) -> None:
 
 def test_a_state_is_read_back_and_no_bit_of_it_can_be_changed(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
-    state = State(3, 2**40, unlocked.body.epoch, EntrySum(7, 2**256 - 1))
+    state = SignedState(3, 2**40, unlocked.body.epoch, EntrySum(7, 2**256 - 1))
     signed = state.signed(unlocked, unlocked.body.key_version)
     assert signed[:STATE_BYTES] == b"".join(map(labels.number, (3, 2**40, unlocked.body.epoch, 7))) + b"\xff" * 32
     assert read_state(unlocked, signed) == state
@@ -54,6 +54,6 @@ def test_a_state_is_read_back_and_no_bit_of_it_can_be_changed(arena: SecretArena
 def test_a_state_under_a_fresh_keyring_key_opens_with_it_alone(arena: SecretArena) -> None:
     unlocked = keyrings.fresh(arena)
     resealed = unlocked.make_resealed(fill_random, without=())
-    signed = State(1, 1, 2, EntrySum()).signed(unlocked, resealed.key_version)
+    signed = SignedState(1, 1, 2, EntrySum()).signed(unlocked, resealed.key_version)
     with pytest.raises(DecryptionError):
         read_state(unlocked, signed)

@@ -16,7 +16,7 @@ from langgraph.store.sqlite import SqliteStore
 from minikms import AsyncClient, Client
 from minikms_adapters import DestroyedRecordError, NotSearchableError, PlaintextRecordError, WrongPlaceError
 from minikms_adapters.langgraph import EncryptedStore
-from minikms_adapters.records import Place, RecordSealer, Runner, as_json
+from minikms_adapters.records import Place, RecordSealer, StepRunner, as_json
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms_adapters.test_records import Counting
 
@@ -126,7 +126,7 @@ def test_one_part_of_a_namespace_does_not_stand_for_two(kms: Client, user: str) 
 def test_what_an_older_version_stored_under_a_dotted_part_is_read(kms: Client, user: str) -> None:
     inner, part = InMemoryStore(), f"memories.{user}"
     place = Place(f"store.{part}", ("langgraph", "item", "a", part), "")
-    [record] = Runner(kms).run(RecordSealer().seal([(place, b'{"note": "old"}')]))
+    [record] = StepRunner(kms).run(RecordSealer().seal([(place, b'{"note": "old"}')]))
     inner.batch([PutOp((part,), "a", as_json(record))])
     [item] = EncryptedStore(inner, kms).batch([GetOp((part,), "a")])
     assert plain(item)[2] == {"note": "old"}

@@ -11,7 +11,7 @@ from minikms.api.errors import AuditUnavailableError, ConflictError, InvalidRequ
 from minikms.audit import AuditLog, record
 from minikms.audit.log import ATTENDED_CHECKPOINT_AGE_NS, CHORES_NS, LogLimits
 from minikms.audit.reader import each_segment
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms_daemon.audit.maintenance import compress_closed
 from minikms_daemon.audit.position import ATTACHED_NS, AuditorPosition, LogView, mac_of, view_on_disk
 from tests.harness.disk_faults import failing
@@ -20,7 +20,7 @@ from tests.minikms.audit.logmaker import LOG, SECOND, Clock, events_of, open_log
 ORIGIN = "example.org/log"
 
 
-def head_of(log: AuditLog) -> Head:
+def head_of(log: AuditLog) -> LineRef:
     return log.writer.head
 
 

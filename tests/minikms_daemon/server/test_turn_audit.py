@@ -14,7 +14,7 @@ from minikms.api.errors import AuditUnavailableError, SealedError, StorageUnavai
 from minikms.audit import AuditLog, Event
 from minikms.audit.chain import AuditKey, Ed25519Signer
 from minikms.audit.reader import LOG_NAME
-from minikms.audit.record import Head
+from minikms.audit.record import LineRef
 from minikms.audit.repair import AuditKeys
 from minikms.memory.arena import SecretArena, fill_random
 from minikms.platform.append_only import write_whole
@@ -165,7 +165,7 @@ async def test_a_change_of_the_audit_key_holds_up_no_durable_line_of_before(audi
     tasks = _durable(audit, 2)
     await asyncio.sleep(0)
 
-    async def store(_: Head) -> AuditKey:
+    async def store(_: LineRef) -> AuditKey:
         assert _lines(tmp_path) == 2
         await asyncio.gather(*tasks)
         raise StorageUnavailableError("the keyring can't be written")

@@ -8,10 +8,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from progressdb_server.config import Tls
+from progressdb_server.config import TlsSection
 
 
-def self_signed(directory: Path, *, days_from: float = -1, days_to: float = 1) -> Tls:
+def self_signed(directory: Path, *, days_from: float = -1, days_to: float = 1) -> TlsSection:
     """Valid between these times from now."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "progressdb test")])
@@ -32,4 +32,4 @@ def self_signed(directory: Path, *, days_from: float = -1, days_to: float = 1) -
     key_file.write_bytes(
         key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
-    return Tls(cert_file=str(cert_file), key_file=str(key_file))
+    return TlsSection(cert_file=str(cert_file), key_file=str(key_file))

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from minikms import api
 from minikms.api.errors import refusal
-from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.openapi.description import Handler
 from progressdb_server.api.routes.table import Resource
 from progressdb_server.cli import main
@@ -68,7 +68,7 @@ def sync(engine: RocksEngine, real: Callable[[RocksEngine], None] = RocksEngine.
 
 
 def handler(
-    resource: Resource, request: Request, real: Callable[[Resource, Request], Handler] = Resource.handler
+    resource: Resource, request: ApiRequest, real: Callable[[Resource, ApiRequest], Handler] = Resource.handler
 ) -> Handler:
     now = fault()
     if now == DEFECT:

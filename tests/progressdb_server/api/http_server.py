@@ -10,7 +10,7 @@ import uvloop
 
 from progressdb_server.api.gate.access import Proxies
 from progressdb_server.api.gate.keys import presented
-from progressdb_server.config import Server, Tls
+from progressdb_server.config import ServerSection, TlsSection
 from progressdb_server.http.listener import bind, serve_http
 from progressdb_server.http.shares import Shares
 from tests.harness.waiting import WAIT_S_MAX, receive_more
@@ -19,7 +19,7 @@ from tests.progressdb_server.api.real_server import Reply
 
 
 class HttpServer:
-    def __init__(self, api: Api, tls: Tls, server: Server) -> None:
+    def __init__(self, api: Api, tls: TlsSection, server: ServerSection) -> None:
         self.api = api
         self._tls = tls
         self.shares = Shares(server, Proxies(server.proxies).__contains__, presented)
@@ -132,8 +132,10 @@ def take_response(data: bytes) -> tuple[Reply, bytes]:
 
 
 @contextlib.contextmanager
-def running(api: Api | None = None, tls: Tls | None = None, config: Server | None = None) -> Iterator[HttpServer]:
-    server = HttpServer(api or Api(), tls or Tls(), config or Server())
+def running(
+    api: Api | None = None, tls: TlsSection | None = None, config: ServerSection | None = None
+) -> Iterator[HttpServer]:
+    server = HttpServer(api or Api(), tls or TlsSection(), config or ServerSection())
     server.start()
     try:
         yield server

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from progressdb_server.api.gate.access import Proxies
-from progressdb_server.config import Server
+from progressdb_server.config import ServerSection
 from tests import needs
 from tests.harness.nginx import CONFIGURATION
 from tests.harness.waiting import WAIT_S_MAX, wait_until
@@ -30,7 +30,7 @@ SERVED = """
     }}
   }}
 """
-PROXY = Server(proxies=("127.0.0.1",))
+PROXY = ServerSection(proxies=("127.0.0.1",))
 CLIENT = "127.0.0.2"
 
 

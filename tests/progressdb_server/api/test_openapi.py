@@ -64,7 +64,7 @@ def whole_table() -> tuple[Operation, ...]:
     store: Any = SimpleNamespace(engine=None)
     readiness = Readiness(store, jobs, KmsMetrics())
     metrics = ApiMetrics(CollectorRegistry())
-    auditor = Auditor(config.Viewer())
+    auditor = Auditor(config.ViewerSection())
     viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, auditor=auditor, secure=False)
     ready = readiness_routes.operations(readiness)
     more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())

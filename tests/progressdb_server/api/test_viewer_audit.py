@@ -126,7 +126,7 @@ def test_another_program_at_the_socket_is_no_auditor(tmp_path: Path, answer: byt
             writer.write(answer)
             writer.close()
 
-        settings = config.Viewer(audit_socket=str(tmp_path / "q"), audit_server_uids=uids)
+        settings = config.ViewerSection(audit_socket=str(tmp_path / "q"), audit_server_uids=uids)
         async with await asyncio.start_unix_server(answered, settings.audit_socket):
             await Auditor(settings).ask(AuditQuestion())
 

@@ -8,7 +8,7 @@ import httptools
 import pytest
 
 from progressdb_server.http import framing, limits
-from progressdb_server.http.framing import CHUNKED, Chunks, Fields, Head, HttpError
+from progressdb_server.http.framing import CHUNKED, Chunks, Fields, HttpError, RequestHead
 
 HEAD = b"POST /v1/m?a=b HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nX-Key:  a\tb \r\nConnection: keep-alive\r\n\r\n"
 CHUNKED_HEAD = b"PUT http://x/a?b HTTP/1.1\r\nhost: x\r\nTransfer-Encoding: Chunked\r\nExpect: 100-continue\r\n\r\n"
@@ -29,7 +29,7 @@ PIECES = (
 """What the mutations below insert."""
 
 
-def parse_head(raw: bytes, last: Fields | None = None) -> Head:
+def parse_head(raw: bytes, last: Fields | None = None) -> RequestHead:
     head = framing.parse_head(b"before" + raw + b"after\r\n", 6, last)
     assert head is not None
     assert head.end == 6 + len(raw)

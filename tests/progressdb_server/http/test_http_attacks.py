@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.config import BODY_BYTES_MIN, Server
+from progressdb_server.config import BODY_BYTES_MIN, ServerSection
 from progressdb_server.http import limits
 from progressdb_server.http.cycle import Cycle
 from progressdb_server.http.protocol import Connection
@@ -107,7 +107,7 @@ def test_pipelined_bytes_of_all_connections_are_in_the_budget_of_bodies(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "UNVERIFIED_BODIES_SHARE", 1 / 16)  # one read of each connection is more, however short
-    with running(held.api, config=Server(body_bytes=BODY_BYTES_MIN)) as server, contextlib.ExitStack() as opened:
+    with running(held.api, config=ServerSection(body_bytes=BODY_BYTES_MIN)) as server, contextlib.ExitStack() as opened:
         connections = [opened.enter_context(server.connect()) for _ in range(100)]
         for connection in connections:
             connection.sendall(post())
@@ -309,7 +309,7 @@ def test_turns_of_lists_go_to_one_address_after_the_other(monkeypatch: pytest.Mo
 def test_silent_handshakes_of_one_address_give_way_to_new_ones(tmp_path: Path) -> None:
     tls = self_signed(tmp_path)
     trusting = ssl.create_default_context(cafile=tls.cert_file)
-    with running(tls=tls, config=Server(idle_connections=4)) as server, contextlib.ExitStack() as opened:
+    with running(tls=tls, config=ServerSection(idle_connections=4)) as server, contextlib.ExitStack() as opened:
         silent = [opened.enter_context(server.connect()) for _ in range(12)]
         for connection in silent[:8]:
             assert closed_within(connection, 60)

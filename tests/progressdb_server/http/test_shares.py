@@ -9,7 +9,7 @@ import pytest
 
 from progressdb_server.api.gate.access import Proxies
 from progressdb_server.api.gate.keys import Caller, KeyTable, payer
-from progressdb_server.config import BODY_BYTES_MIN, Server
+from progressdb_server.config import BODY_BYTES_MIN, ServerSection
 from progressdb_server.http import limits
 from progressdb_server.http.shares import BodyAccount, Shares
 from tests.harness.waiting import wait_until
@@ -49,7 +49,7 @@ def taken(shares: Shares, address: str, caller: Caller | None, user: str | None,
 
 
 def test_a_user_an_unknown_caller_and_an_address_have_shares_of_the_budget() -> None:
-    shares = Shares(Server(body_bytes=64 * MIB))
+    shares = Shares(ServerSection(body_bytes=64 * MIB))
     assert taken(shares, "192.0.2.1", caller_with(FRONTEND), "alice") == 8
     assert taken(shares, "192.0.2.2", caller_with(FRONTEND), "alice") == 0  # from wherever he calls
     assert taken(shares, "192.0.2.1", caller_with(FRONTEND), "bob") == 8
@@ -62,12 +62,12 @@ def test_a_user_an_unknown_caller_and_an_address_have_shares_of_the_budget() -> 
 
 def test_a_proxy_and_a_peer_without_an_address_have_no_share_of_an_address() -> None:
     for address in ("10.0.0.7", "::ffff:10.0.0.7", ""):
-        shares = Shares(Server(body_bytes=64 * MIB), Proxies(("10.0.0.0/8",)).__contains__)
+        shares = Shares(ServerSection(body_bytes=64 * MIB), Proxies(("10.0.0.0/8",)).__contains__)
         assert taken(shares, address, caller_with(BACKEND), None) == 64
 
 
 def test_a_body_is_charged_to_its_user_and_given_back_at_its_end() -> None:
-    shares = Shares(Server(body_bytes=64 * MIB))
+    shares = Shares(ServerSection(body_bytes=64 * MIB))
     unknown = [BodyAccount(shares, "192.0.2.1", b"key") for _ in range(12)]
     assert all(account.grow_to(MIB) for account in unknown)
     assert [account.identify(payer(caller_with(FRONTEND), "alice")) for account in unknown] == [True] * 8 + [False] * 4
@@ -96,7 +96,7 @@ def drained(server: HttpServer) -> bool:
 
 
 def test_unfinished_uploads_of_one_user_beyond_its_share_are_refused() -> None:
-    with running(config=Server(body_bytes=BODY_BYTES_MIN)) as server, contextlib.ExitStack() as opened:
+    with running(config=ServerSection(body_bytes=BODY_BYTES_MIN)) as server, contextlib.ExitStack() as opened:
         hostile = [opened.enter_context(server.connect()) for _ in range(12)]
         for number, connection in enumerate(hostile, start=1):
             connection.sendall(upload("mallory", 512 * 1024))
@@ -154,7 +154,7 @@ def test_without_room_the_address_with_most_idle_connections_loses_one() -> None
 
 
 def test_an_address_loses_its_longest_idle_connection_and_none_in_use() -> None:
-    with running(config=Server(idle_connections=3)) as server, contextlib.ExitStack() as opened:
+    with running(config=ServerSection(idle_connections=3)) as server, contextlib.ExitStack() as opened:
         first = opened.enter_context(server.connect())
         first.sendall(GET)
         assert read_response(first).status == 200
@@ -174,7 +174,7 @@ def test_an_address_loses_its_longest_idle_connection_and_none_in_use() -> None:
 
 def test_a_request_that_does_not_end_behind_another_one_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "REQUEST_SECONDS_MAX", 600)
-    with running(config=Server(idle_connections=3)) as server, contextlib.ExitStack() as opened:
+    with running(config=ServerSection(idle_connections=3)) as server, contextlib.ExitStack() as opened:
         connections: list[socket.socket] = []
         for _ in range(4):
             connections.append(opened.enter_context(server.connect()))
@@ -184,7 +184,7 @@ def test_a_request_that_does_not_end_behind_another_one_is_idle(monkeypatch: pyt
 
 
 def test_a_proxy_s_idle_connections_are_not_bounded() -> None:
-    config = Server(idle_connections=3, proxies=("127.0.0.0/8",))
+    config = ServerSection(idle_connections=3, proxies=("127.0.0.0/8",))
     with running(config=config) as server, contextlib.ExitStack() as opened:
         connections = [opened.enter_context(server.connect()) for _ in range(20)]
         for connection in connections:
@@ -194,7 +194,7 @@ def test_a_proxy_s_idle_connections_are_not_bounded() -> None:
 
 @pytest.mark.parametrize("count", [0, 5])
 def test_zero_idle_connections_is_no_bound(count: int) -> None:
-    with running(config=Server(idle_connections=count)) as server, contextlib.ExitStack() as opened:
+    with running(config=ServerSection(idle_connections=count)) as server, contextlib.ExitStack() as opened:
         connections = [opened.enter_context(server.connect()) for _ in range(5)]
         for connection in connections:
             connection.sendall(GET)

@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 
 from minikms import api
 from minikms.platform.logs import log_to
-from progressdb_server.config import Retention, Rotation
+from progressdb_server.config import Retention, RotationSection
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import purge, rotation
 from progressdb_server.jobs.service import KEEP_ALL, Jobs
@@ -108,7 +108,7 @@ async def serve(directory: str, socket: str, when: str, at: int, thread: str = "
     provider = KilledProvider(socket)
     provider.death = Death(when, at)
     store = Conversations(KilledEngine(f"{directory}/db", provider.death), provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=0), SOON if thread else KEEP_ALL, exclusive=True)
+    jobs = Jobs(store, provider, RotationSection(records_per_second=0), SOON if thread else KEEP_ALL, exclusive=True)
     await jobs.start()
     others = [asyncio.create_task(work(store)) for work in (write, read) if not thread]
     begun = [job for job in await _jobs(jobs) if not thread or (job.kind, job.thread) == ("purge", thread)]

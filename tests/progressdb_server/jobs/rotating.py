@@ -10,7 +10,7 @@ import pytest
 
 from minikms.api.errors import KmsRefusedError
 from minikms.client import ReencryptItem
-from progressdb_server.config import Retention, Rotation
+from progressdb_server.config import Retention, RotationSection
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.rotation import KeyRotation
@@ -26,7 +26,7 @@ from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, disk, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
-UNBOUNDED = Rotation(records_per_second=0)
+UNBOUNDED = RotationSection(records_per_second=0)
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Place:
     clock: TickingClock = field(default_factory=TickingClock)
     boot: Callable[[], int] | None = None
     """The clock that nobody sets; None: `clock`, so that a test may let days pass."""
-    settings: Rotation = UNBOUNDED
+    settings: RotationSection = UNBOUNDED
     retention: Retention = KEEP_ALL
     exclusive: bool = True
 

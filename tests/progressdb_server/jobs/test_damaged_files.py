@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from progressdb_server.config import Rotation
+from progressdb_server.config import RotationSection
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
 from progressdb_server.jobs.service import Jobs
@@ -28,7 +28,7 @@ MESSAGES = 90
 DAY_NS = 86_400 * 10**9
 ENDS_S = 1.0
 """A job on a disk that fails may wait for ever."""
-AUTOMATIC = Rotation(records_per_second=0, max_age="1s", destroy_old_after="1s")
+AUTOMATIC = RotationSection(records_per_second=0, max_age="1s", destroy_old_after="1s")
 
 Expected = dict[str, list[Message]]
 
@@ -64,7 +64,9 @@ class Place:
             self.expected = {thread: await messages_of(store, thread) for thread in THREADS}
             engine.compact()
 
-    async def use(self, body: Callable[[Conversations, Jobs], Awaitable[None]], settings: Rotation = UNBOUNDED) -> None:
+    async def use(
+        self, body: Callable[[Conversations, Jobs], Awaitable[None]], settings: RotationSection = UNBOUNDED
+    ) -> None:
         """Raises what the opening raises."""
         async with opened(RocksEngine(str(self.path)), self.provider, self.clock) as store:
             jobs = Jobs(store, self.provider, settings, exclusive=True, now_ns=self.clock)

@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from progressdb_server.config import Rotation
+from progressdb_server.config import RotationSection
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import rotation
 from progressdb_server.jobs.service import Jobs
@@ -39,7 +39,7 @@ async def served(directory: Path, socket: Path, rate: int = 0) -> AsyncIterator[
     """The store and its jobs in this process."""
     provider = RemoteProvider(socket)
     store = Conversations(RocksEngine(str(directory / "db")), provider)
-    jobs = Jobs(store, provider, Rotation(records_per_second=rate), exclusive=True)
+    jobs = Jobs(store, provider, RotationSection(records_per_second=rate), exclusive=True)
     try:
         yield store, jobs
     finally:

@@ -5,7 +5,7 @@ import asyncio
 import msgspec
 import pytest
 
-from progressdb_server.jobs.runner import Kind, Pace
+from progressdb_server.jobs.runner import Kind, Throttle
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job, JobConflictError, JobFailedError, changed, move
 from tests.progressdb_server.jobs.rotating import Place, begin_at_once, write
@@ -26,7 +26,7 @@ class Counting(Kind):
     async def begin(self) -> None:
         self.begun += 1
 
-    async def step(self, job_id: str, pace: Pace) -> None:
+    async def step(self, job_id: str, pace: Throttle) -> None:
         row = await self._jobs.table.row(job_id)
         if row.job.state == "queued":
             row = await self._jobs.table.store(row, move(row.job, "start"))

@@ -8,7 +8,7 @@ import pytest
 
 from minikms import api
 from minikms.api.errors import refusal
-from progressdb_server.config import Rotation
+from progressdb_server.config import RotationSection
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import Job
@@ -176,7 +176,7 @@ async def test_a_clock_set_back_makes_no_backup_look_newer_than_the_census() -> 
 
 async def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where the role `destroy` is kept from the server: keys that are worn are rotated all the same."""
-    place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
+    place = Place(settings=RotationSection(max_age="3650d", records_per_second=0))
     begin_at_once(monkeypatch)
     async with place.opened() as (store, jobs):
         for thread in ("a", "b", "worn"):
@@ -201,7 +201,7 @@ async def test_a_key_that_cannot_be_destroyed_delays_no_other_key_or_rotation(mo
 
 
 async def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place(settings=Rotation(max_age="3650d", records_per_second=0))
+    place = Place(settings=RotationSection(max_age="3650d", records_per_second=0))
     begin_at_once(monkeypatch)
     async with place.opened() as (store, jobs):
         await write(store, 1)
@@ -291,7 +291,7 @@ async def settled(jobs: Jobs) -> list[Job]:
 
 async def test_keys_that_are_too_old_or_too_much_used_are_rotated_and_no_others() -> None:
     place = Place(
-        settings=Rotation(max_age="90d", max_uses=4, destroy_old_after="30d", records_per_second=0),
+        settings=RotationSection(max_age="90d", max_uses=4, destroy_old_after="30d", records_per_second=0),
         clock=TickingClock(now=1_790_000_000_000_000_000),
     )
     async with place.opened() as (store, jobs):

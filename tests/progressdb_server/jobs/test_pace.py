@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from progressdb_server.jobs.runner import BEHIND_S_MAX, Pace
+from progressdb_server.jobs.runner import BEHIND_S_MAX, Throttle
 
 RATE = 1000.0
 
@@ -33,7 +33,7 @@ def worked(time: Time, seconds_each: list[float], cost: float = 10) -> float:
     """How long chunks of that cost take in all, each with so much work after it."""
 
     async def run() -> None:
-        paced = Pace(RATE, time)
+        paced = Throttle(RATE, time)
         for seconds in seconds_each:
             await paced.take(cost)
             time.now += seconds
@@ -67,5 +67,5 @@ def test_without_a_rate_others_get_their_turn_all_the_same(monkeypatch: pytest.M
         slept.append(seconds)
 
     monkeypatch.setattr(asyncio, "sleep", sleep)
-    asyncio.run(Pace(0).take(1000))
+    asyncio.run(Throttle(0).take(1000))
     assert slept == [0]

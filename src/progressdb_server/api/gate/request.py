@@ -4,7 +4,7 @@ Owns: reading a body up to `http.limits.REQUEST_BYTES_MAX`, strict decoding of J
 identified. Invariants: a handler gets a body only after all of it was received. JSON that is nested too deeply, not
 UTF-8 or of the wrong shape causes a 400 and never another error.
 
-`Request` replaces Starlette's class of that name because it is faster: the routes that append and list messages are
+`ApiRequest` replaces Starlette's class of that name because it is faster: the routes that append and list messages are
 called thousands of times a second.
 """
 
@@ -117,7 +117,7 @@ def _no_body(message: MutableMapping[str, Any]) -> Exception:
     return bodies_full() if message["type"] == BODY_REFUSED else ClientGoneError()
 
 
-class Request:
+class ApiRequest:
     """One request. Access control sets `caller` and `user`, routing sets `path_params` and `route`."""
 
     __slots__ = (

@@ -20,7 +20,7 @@ import msgspec
 
 from progressdb_server.api.gate import limits
 from progressdb_server.api.gate.errors import ApiError, lists_full
-from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.http.asgi import ClientGoneError, Header, ListsFullError, Receive, Send
 from progressdb_server.http.limits import STREAM_STALL_SECONDS_MAX
 
@@ -32,7 +32,7 @@ EVENT_SILENCE_S: Final = 15.0
 """After this long without an event a comment is sent, so that no proxy closes the connection as unused."""
 
 
-class Response(NamedTuple):
+class ApiResponse(NamedTuple):
     """A complete response; `content_type` is None if it has no body."""
 
     status: int
@@ -58,28 +58,28 @@ class EventStream(NamedTuple):
     events: AsyncIterator[bytes]
 
 
-AnyResponse = Response | JsonList | EventStream
-NO_CONTENT: Final = Response(204, content_type=None)
+AnyResponse = ApiResponse | JsonList | EventStream
+NO_CONTENT: Final = ApiResponse(204, content_type=None)
 
 encode_json: Final = _ENCODER.encode
 
 
-def json_response(value: object, status: int = 200) -> Response:
-    return Response(status, _ENCODER.encode(value))
+def json_response(value: object, status: int = 200) -> ApiResponse:
+    return ApiResponse(status, _ENCODER.encode(value))
 
 
-def octets_response(value: bytes) -> Response:
-    return Response(200, value, _OCTETS)
+def octets_response(value: bytes) -> ApiResponse:
+    return ApiResponse(200, value, _OCTETS)
 
 
-def error_response(error: ApiError) -> Response:
-    return Response(error.status, _ENCODER.encode({"error": error.text}), _JSON, error.headers)
+def error_response(error: ApiError) -> ApiResponse:
+    return ApiResponse(error.status, _ENCODER.encode({"error": error.text}), _JSON, error.headers)
 
 
-def redirect(status: int, location: str, headers: tuple[Header, ...] = ()) -> Response:
+def redirect(status: int, location: str, headers: tuple[Header, ...] = ()) -> ApiResponse:
     """303 or 308 to a path of this server."""
     place = (b"location", location.encode("ascii"))
-    return Response(status, content_type=None, headers=(place, (b"content-length", b"0"), *headers))
+    return ApiResponse(status, content_type=None, headers=(place, (b"content-length", b"0"), *headers))
 
 
 EXCHANGE: Final = "progressdb.exchange"
@@ -91,7 +91,7 @@ class Exchange:
 
     __slots__ = ("_headers", "_send", "receive", "request", "status")
 
-    def __init__(self, request: Request, headers: tuple[Header, ...], receive: Receive, send: Send) -> None:
+    def __init__(self, request: ApiRequest, headers: tuple[Header, ...], receive: Receive, send: Send) -> None:
         """`headers` are added to the response."""
         self.request = request
         self.receive = receive
@@ -110,7 +110,7 @@ class Exchange:
     def send_at_once(self, response: AnyResponse) -> bool:
         """Send a complete response without a wait. Returns False if that is not possible; `respond` is then."""
         direct = self.request.direct
-        if direct is None or not isinstance(response, Response):
+        if direct is None or not isinstance(response, ApiResponse):
             return False
         status, body, content_type, headers = response
         if content_type is None or self.status:
@@ -122,7 +122,7 @@ class Exchange:
         """Sends the response. Raises what the source of a stream raises, and ClientGoneError if the client leaves a
         stream unread.
         """
-        if isinstance(response, Response):
+        if isinstance(response, ApiResponse):
             await send_complete(response, self.send)
         elif isinstance(response, EventStream):
             await send_events(response, self.receive, self.send)
@@ -145,7 +145,7 @@ def _start(status: int, headers: list[Header]) -> dict[str, Any]:
     return {"type": "http.response.start", "status": status, "headers": headers}
 
 
-async def send_complete(response: Response, send: Send) -> None:
+async def send_complete(response: ApiResponse, send: Send) -> None:
     headers = list(response.headers)
     if response.content_type is not None:
         headers.append(response.content_type)

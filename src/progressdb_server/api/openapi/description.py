@@ -15,7 +15,7 @@ import msgspec
 
 from progressdb_server.api.gate import limits
 from progressdb_server.api.gate.keys import ANYONE, Role
-from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.gate.response import AnyResponse
 from progressdb_server.store.model import StatusError
 
@@ -91,11 +91,11 @@ class JsonBody(msgspec.Struct, frozen=True):
     """Keywords for the object as a whole."""
 
 
-Handler = Callable[[Request], Awaitable[AnyResponse]]
+Handler = Callable[[ApiRequest], Awaitable[AnyResponse]]
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
-async def _no_handler(request: Request) -> AnyResponse:
+async def _no_handler(request: ApiRequest) -> AnyResponse:
     raise NotImplementedError
 
 

@@ -14,8 +14,8 @@ import msgspec
 from progressdb_server.api.gate import limits
 from progressdb_server.api.gate.errors import ApiError, bad_request, not_found
 from progressdb_server.api.gate.keys import ADMINS, BACKENDS, OPERATORS, checked_author
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import JsonList, Response, json_response, octets_response
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import ApiResponse, JsonList, json_response, octets_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     DISK,
@@ -49,7 +49,7 @@ _SIGN: Final = msgspec.json.Decoder(SignBody)
 
 
 @Operation("GET", "/healthz", response=texts("status"), needs=NOTHING)
-async def health(request: Request) -> Response:
+async def health(request: ApiRequest) -> ApiResponse:
     """Check that the server responds. No key is needed."""
     return json_response({"status": "ok"})
 
@@ -63,7 +63,7 @@ async def health(request: Request) -> Response:
     errors={400: (INVALID_PAYLOAD,)},
     needs=NOTHING,
 )
-async def sign(request: Request) -> Response:
+async def sign(request: ApiRequest) -> ApiResponse:
     """Sign a user id with the caller's backend key."""
     sent = await request.json(_SIGN, INVALID_PAYLOAD)
     if not sent.user_id:
@@ -80,14 +80,14 @@ class AdminHandlers:
         self._store = store
 
     @Operation("GET", "/admin/health", roles=OPERATORS, response=texts("status", "service"), needs=NOTHING)
-    async def health(self, request: Request) -> Response:
+    async def health(self, request: ApiRequest) -> ApiResponse:
         """Check that the server responds."""
         return json_response({"status": "ok", "service": "progressdb"})
 
     @Operation(
         "GET", "/admin/stats", roles=OPERATORS, response=object_of(threads=INTEGER, messages=INTEGER), needs=NOTHING
     )
-    async def stats(self, request: Request) -> Response:
+    async def stats(self, request: ApiRequest) -> ApiResponse:
         """Count the threads, and all stored versions of messages."""
         counts = await self._store.stats()
         return json_response({"threads": counts["threads"], "messages": counts["messages"]})
@@ -100,7 +100,7 @@ class AdminHandlers:
         parameters=THREADS.parameters,
         errors={400: THREADS.errors},
     )
-    async def threads(self, request: Request) -> JsonList:
+    async def threads(self, request: ApiRequest) -> JsonList:
         """List the threads of all authors, including deleted threads, in order of creation; pages begin with the
         newest."""
         page = THREADS.read(request.query_params)
@@ -115,7 +115,7 @@ class AdminHandlers:
         errors={400: (PREFIX_TOO_LONG, *KEYS.errors)},
         needs=DISK,
     )
-    async def keys(self, request: Request) -> JsonList:
+    async def keys(self, request: ApiRequest) -> JsonList:
         """List the keys of stored entries."""
         prefix = request.query_params.get("prefix", "")
         if len(prefix.encode()) > limits.STORED_KEY_BYTES_MAX:
@@ -133,7 +133,7 @@ class AdminHandlers:
         errors={404: (KEY_NOT_FOUND,)},
         needs=DISK,
     )
-    async def value(self, request: Request) -> Response:
+    async def value(self, request: ApiRequest) -> ApiResponse:
         """Read one stored value. It is not decrypted."""
         key = request.path_params["key"]
         value = await self._store.raw_value(key) if len(key.encode()) <= limits.STORED_KEY_BYTES_MAX else None

@@ -11,8 +11,8 @@ from functools import cached_property
 from importlib import metadata
 from typing import Any, Final
 
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import Response, redirect
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import ApiResponse, redirect
 from progressdb_server.api.openapi import document as openapi
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
 from progressdb_server.api.routes import pages
@@ -30,29 +30,29 @@ class Documentation:
         self.operations: tuple[Operation, ...] = ()
 
     @Operation("GET", "/", status=303, needs=NOTHING)
-    async def root(self, request: Request) -> Response:
+    async def root(self, request: ApiRequest) -> ApiResponse:
         """Redirect a browser to the viewer, and a program to this document."""
         accepted = request.headers.get(b"accept", b"").lower()
         place = "/viewer/" if b"text/html" in accepted else "/openapi.yaml"
         return redirect(303, place, ((b"vary", b"accept"),))
 
     @Operation("GET", "/openapi.yaml", response={"type": "object"}, content_type=openapi.CONTENT_TYPE, needs=NOTHING)
-    async def document(self, request: Request) -> Response:
+    async def document(self, request: ApiRequest) -> ApiResponse:
         """Read this document."""
-        return Response(200, self._yaml, (b"content-type", openapi.CONTENT_TYPE.encode("ascii")))
+        return ApiResponse(200, self._yaml, (b"content-type", openapi.CONTENT_TYPE.encode("ascii")))
 
     @Operation("GET", "/docs/", response=TEXT, content_type="text/html", needs=NOTHING)
-    async def page(self, request: Request) -> Response:
+    async def page(self, request: ApiRequest) -> ApiResponse:
         """Read this document as a web page."""
         return pages.page_response(self._page)
 
     @Operation("GET", "/docs", status=308, needs=NOTHING)
-    async def to_page(self, request: Request) -> Response:
+    async def to_page(self, request: ApiRequest) -> ApiResponse:
         """Redirect to `/docs/`."""
         return redirect(308, "/docs/")
 
     @Operation("GET", "/docs/style.css", response=TEXT, content_type="text/css", needs=NOTHING)
-    async def style(self, request: Request) -> Response:
+    async def style(self, request: ApiRequest) -> ApiResponse:
         """Read the style sheet of the page."""
         return pages.asset_response("style.css")
 

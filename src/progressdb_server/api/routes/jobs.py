@@ -14,8 +14,8 @@ import msgspec
 from minikms.api import KEY_ID_PATTERN
 from progressdb_server.api.gate.errors import ApiError, bad_request
 from progressdb_server.api.gate.keys import ADMINS
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import EventStream, JsonList, Response, encode_json, json_response
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import ApiResponse, EventStream, JsonList, encode_json, json_response
 from progressdb_server.api.openapi.description import (
     BOTH,
     DISK,
@@ -167,7 +167,7 @@ class JobHandlers:
         },
         raises=(ThreadNotFoundError, TooManyJobsError),
     )
-    async def rotate_one(self, request: Request) -> Response:
+    async def rotate_one(self, request: ApiRequest) -> ApiResponse:
         """Rotate a thread's key: create a new key, and re-encrypt the records in a background job."""
         body = await request.json(_ONE, INVALID_REQUEST)
         if not body.thread_id:
@@ -207,7 +207,7 @@ class JobHandlers:
         },
         raises=(ThreadNotFoundError, TooManyJobsError),
     )
-    async def rotate_many(self, request: Request) -> Response:
+    async def rotate_many(self, request: ApiRequest) -> ApiResponse:
         """Rotate the keys of many threads. Without `thread_ids` one job rotates them one after another."""
         body = await request.json(_MANY, INVALID_REQUEST)
         due = _selection(body)
@@ -231,7 +231,7 @@ class JobHandlers:
         parameters=(Parameter("status", TEXT, "Only jobs in this state."), *_JOBS.parameters),
         errors={400: _JOBS.errors},
     )
-    async def jobs(self, request: Request) -> JsonList:
+    async def jobs(self, request: ApiRequest) -> JsonList:
         """List jobs, newest first."""
         status = request.query_params.get("status", "")
         return self._listed(request, lambda job: status in ("", job.state))
@@ -239,11 +239,11 @@ class JobHandlers:
     @_for_admins(
         "GET", "/admin/backups", response=_JOBS.response(_JOB), parameters=_JOBS.parameters, errors={400: _JOBS.errors}
     )
-    async def with_backups(self, request: Request) -> JsonList:
+    async def with_backups(self, request: ApiRequest) -> JsonList:
         """List the jobs that have backups of records, newest first."""
         return self._listed(request, lambda job: job.backups > 0)
 
-    def _listed(self, request: Request, keeps: Callable[[Job], bool]) -> JsonList:
+    def _listed(self, request: ApiRequest, keeps: Callable[[Job], bool]) -> JsonList:
         """The list of jobs that `keeps` keeps. Raises ApiError 400."""
         page = _JOBS.read(request.query_params)
         return _JOBS.list(self._found(page, keeps), page)
@@ -262,14 +262,14 @@ class JobHandlers:
                 return
 
     @_for_admins("GET", "/admin/jobs/{job}", response=_JOB, raises=(JobNotFoundError,))
-    async def read(self, request: Request) -> Response:
+    async def read(self, request: ApiRequest) -> ApiResponse:
         """Read a job."""
         return json_response(view(await self._job(request)))
 
     @_for_admins(
         "GET", "/admin/jobs/{job}/events", response=TEXT, content_type="text/event-stream", raises=(JobNotFoundError,)
     )
-    async def events(self, request: Request) -> EventStream:
+    async def events(self, request: ApiRequest) -> EventStream:
         """Follow a job: a server-sent event `job` now and after each change, until the job no longer runs."""
         return EventStream(self._events((await self._job(request)).id))
 
@@ -277,11 +277,11 @@ class JobHandlers:
         async for job in self._jobs.watch(job_id):
             yield b"event: job\ndata: %b\n\n" % encode_json(view(job))
 
-    async def _job(self, request: Request) -> Job:
+    async def _job(self, request: ApiRequest) -> Job:
         return await self._jobs.table.get(request.path_params["job"])
 
     @_control("pause", "a job that is done can't be paused", _SWITCHING)
-    async def pause(self, request: Request) -> Response:
+    async def pause(self, request: ApiRequest) -> ApiResponse:
         """Pause a job."""
         return json_response(view(await self._jobs.pause(request.path_params["job"])))
 
@@ -292,12 +292,12 @@ class JobHandlers:
         "the job's backups were restored: rotate the thread's key again",
         "a later rotation has given the thread another key",
     )
-    async def resume(self, request: Request) -> Response:
+    async def resume(self, request: ApiRequest) -> ApiResponse:
         """Resume a paused or failed job."""
         return json_response(view(await self._jobs.resume(request.path_params["job"])))
 
     @_control("cancel", "a job that is done can't be cancelled", _SWITCHING)
-    async def cancel(self, request: Request) -> Response:
+    async def cancel(self, request: ApiRequest) -> ApiResponse:
         """Cancel a job. Records that it has re-encrypted stay under the new key."""
         return json_response(view(await self._jobs.cancel(request.path_params["job"])))
 
@@ -308,7 +308,7 @@ class JobHandlers:
         raises=(JobNotFoundError,),
         errors={409: (_UNFINISHED, "the key of these backups was destroyed")},
     )
-    async def restore(self, request: Request) -> Response:
+    async def restore(self, request: ApiRequest) -> ApiResponse:
         """Restore the records that a job has re-encrypted from the job's backups."""
         job_id = request.path_params["job"]
         outcome = await self._jobs.rotation.restore(job_id)
@@ -322,7 +322,7 @@ class JobHandlers:
         errors={400: _ORPHANS.errors},
         needs=BOTH,
     )
-    async def orphaned_keys(self, request: Request) -> JsonList:
+    async def orphaned_keys(self, request: ApiRequest) -> JsonList:
         """List the active keys of the key service that no thread of this store names."""
         page = _ORPHANS.read(request.query_params)
         return _ORPHANS.list(self._orphans(page), page)
@@ -334,7 +334,7 @@ class JobHandlers:
     @_for_admins(
         "POST", "/admin/orphaned_keys/retire", response=object_of(retired=INTEGER, left=INTEGER, why=TEXT), needs=BOTH
     )
-    async def retire_orphans(self, request: Request) -> Response:
+    async def retire_orphans(self, request: ApiRequest) -> ApiResponse:
         """Retire the orphaned keys, if only this server makes keys of threads there; `why` says why some are left."""
         return json_response((await self._jobs.orphans.retire())._asdict())
 
@@ -345,7 +345,7 @@ class JobHandlers:
         raises=(JobNotFoundError,),
         errors={409: (_UNFINISHED,)},
     )
-    async def drop_backups(self, request: Request) -> Response:
+    async def drop_backups(self, request: ApiRequest) -> ApiResponse:
         """Remove the backups of a job."""
         job_id = request.path_params["job"]
         return json_response({"job_id": job_id, "removed": await self._jobs.rotation.drop_backups(job_id)})

@@ -30,8 +30,15 @@ from progressdb_server.api.gate.errors import (
     too_large,
 )
 from progressdb_server.api.gate.keys import Role, checked_author
-from progressdb_server.api.gate.request import Request, decode_json
-from progressdb_server.api.gate.response import NO_CONTENT, AnyResponse, JsonList, Response, encode_json, json_response
+from progressdb_server.api.gate.request import ApiRequest, decode_json
+from progressdb_server.api.gate.response import (
+    NO_CONTENT,
+    AnyResponse,
+    ApiResponse,
+    JsonList,
+    encode_json,
+    json_response,
+)
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     ID,
@@ -89,7 +96,7 @@ _REVALIDATED: Final = (b"cache-control", b"private, no-cache")
 
 
 # --- who may read -----------------------------------------------------------------------------------------------
-async def check_reader(store: Conversations, request: Request, thread_id: str) -> None:
+async def check_reader(store: Conversations, request: ApiRequest, thread_id: str) -> None:
     """Checks that a signed user is a member of the thread. Raises AuthorNotInThreadError or NotAMemberError.
 
     An unsigned backend or admin reads anything.
@@ -98,7 +105,7 @@ async def check_reader(store: Conversations, request: Request, thread_id: str) -
         await store.members.check_reader(thread_id, request.user)
 
 
-async def check_message(store: Conversations, request: Request, message: Message) -> None:
+async def check_message(store: Conversations, request: ApiRequest, message: Message) -> None:
     """Checks the reader of a message that is asked for by its id, like `check_reader`. Raises MessageNotFoundError too,
     if its thread is deleted and no admin asks.
     """
@@ -142,14 +149,16 @@ def _not_a_switch(name: str) -> str:
     return f"{name} must be true or false"
 
 
-async def list_of_messages(store: Conversations, request: Request, thread_id: str, page: MessageRange) -> AnyResponse:
+async def list_of_messages(
+    store: Conversations, request: ApiRequest, thread_id: str, page: MessageRange
+) -> AnyResponse:
     """`{"thread", "messages": []}`, in the order of creation; 304 if the caller has this list, as `If-None-Match` says.
     The caller may read the thread."""
     tag = await store.reading.list_tag(thread_id, page)
     headers: tuple[Header, ...] = ((b"etag", b'W/"%b"' % tag.encode()), _REVALIDATED)
     held = request.headers.get(head.IF_NONE_MATCH)
     if held is not None and head.names_tag(held, tag.encode()) and await store.reading.list_unchanged(thread_id, tag):
-        return Response(304, content_type=None, headers=headers)
+        return ApiResponse(304, content_type=None, headers=headers)
     chunks = store.reading.messages(thread_id, asked=page, tag=tag)
     return JsonList(b'{"thread":' + encode_json(thread_id) + b',"messages":[', chunks, headers=headers)
 
@@ -183,7 +192,7 @@ class ReactionBody(msgspec.Struct):
 _REACTION_DECODER: Final = msgspec.json.Decoder(ReactionBody)
 
 
-async def _received(request: Request) -> MessageBody:
+async def _received(request: ApiRequest) -> MessageBody:
     """The message within its bounds. Raises ApiError 400, 413."""
     raw = request.received_body()
     if raw is None:
@@ -198,7 +207,7 @@ async def _received(request: Request) -> MessageBody:
     return sent
 
 
-def checked_identity(request: Request, identity: str) -> str:
+def checked_identity(request: ApiRequest, identity: str) -> str:
     """The identity that reacts. Raises ApiError 403 if a front-end key's user reacts as another, 400 if it cannot be
     stored."""
     if request.acting_user is not None and identity != request.acting_user:
@@ -212,7 +221,7 @@ def checked_reaction(reaction: str) -> str:
     return reaction
 
 
-def _reactions(request: Request, sent: MessageBody) -> dict[str, str]:
+def _reactions(request: ApiRequest, sent: MessageBody) -> dict[str, str]:
     """The reactions of a new message, without those that lack an identity or a value. The bounds hold for all.
 
     Raises ApiError 400, 403.
@@ -330,7 +339,7 @@ class MessageHandlers:
             ThreadKeyDestroyedError,
         ),
     )
-    async def create(self, request: Request) -> Response:
+    async def create(self, request: ApiRequest) -> ApiResponse:
         """Append a message. It is durable before the response. Without `thread`, or with an unknown thread id, this
         creates the thread. A signed user must be a member of a thread that exists."""
         return await self._create(request, in_thread=False)
@@ -351,11 +360,11 @@ class MessageHandlers:
             ThreadKeyDestroyedError,
         ),
     )
-    def create_in_thread(self, request: Request) -> Coroutine[Any, Any, Response]:
+    def create_in_thread(self, request: ApiRequest) -> Coroutine[Any, Any, ApiResponse]:
         """Append a message to a thread. It is durable before the response. A signed user must be a member."""
         return self._create(request, in_thread=True)
 
-    async def _create(self, request: Request, *, in_thread: bool) -> Response:
+    async def _create(self, request: ApiRequest, *, in_thread: bool) -> ApiResponse:
         sent = await _received(request)
         thread_id = request.id_from_path("thread", ThreadNotFoundError) if in_thread else sent.thread or ""
         author = request.required_author(sent.author)
@@ -387,7 +396,7 @@ class MessageHandlers:
         errors={400: (THREAD_PARAMETER_MISSING, *_PAGE_ERRORS)},
         raises=(InvalidThreadIdError, *_READER, ThreadNotFoundError, MessageNotFoundError),
     )
-    async def list_by_query(self, request: Request) -> AnyResponse:
+    async def list_by_query(self, request: ApiRequest) -> AnyResponse:
         """List the latest version of each message of a thread, in order of creation. Only an admin key lists a deleted
         thread."""
         request.author()
@@ -412,7 +421,7 @@ class MessageHandlers:
         errors={400: (AUTHOR_REQUIRED, *_PAGE_ERRORS)},
         raises=(*_READER, ThreadNotFoundError, MessageNotFoundError),
     )
-    async def list_in_thread(self, request: Request) -> AnyResponse:
+    async def list_in_thread(self, request: ApiRequest) -> AnyResponse:
         """List the messages of a thread. The author must own the thread or have written in it."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
@@ -431,7 +440,7 @@ class MessageHandlers:
         errors={400: (AUTHOR_REQUIRED,)},
         raises=(*_READER, MessageNotFoundError),
     )
-    async def read(self, request: Request) -> Response:
+    async def read(self, request: ApiRequest) -> ApiResponse:
         """Read the latest version of a message, even if it is deleted. Only an admin key reads in a deleted thread."""
         thread_id = self._thread(request)
         if thread_id is None:
@@ -446,7 +455,7 @@ class MessageHandlers:
 
     @_update(MESSAGE)
     @_update(MESSAGE_IN_THREAD)
-    async def update(self, request: Request) -> Response:
+    async def update(self, request: ApiRequest) -> ApiResponse:
         """Change a message: append a new version."""
         message_id = request.id_from_path("message", MessageNotFoundError)
         thread_id = self._thread(request)
@@ -468,7 +477,7 @@ class MessageHandlers:
 
     @_delete(MESSAGE)
     @_delete(MESSAGE_IN_THREAD)
-    async def delete(self, request: Request) -> Response:
+    async def delete(self, request: ApiRequest) -> ApiResponse:
         """Delete a message: append a tombstone. An admin key without a signed user deletes any message."""
         message_id = request.id_from_path("message", MessageNotFoundError)
         thread_id = self._thread(request)
@@ -493,7 +502,7 @@ class MessageHandlers:
         errors={400: (INVALID_LIMIT, INVALID_VERSION)},
         raises=(AmbiguousTimeError, *_READER),
     )
-    async def versions(self, request: Request) -> AnyResponse:
+    async def versions(self, request: ApiRequest) -> AnyResponse:
         """List the versions of a message, oldest first. The list is empty for an unknown id, and unless an admin key
         asks in a deleted thread."""
         request.author()
@@ -510,7 +519,7 @@ class MessageHandlers:
         older = {"older": found.older} if found.older else {}
         return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, lambda: older)
 
-    def _thread(self, request: Request) -> str | None:
+    def _thread(self, request: ApiRequest) -> str | None:
         """The thread in the path; None for a path without one."""
         return request.id_from_path("thread", MessageNotFoundError) if "thread" in request.path_params else None
 
@@ -520,7 +529,7 @@ class ReactionHandlers:
         self._store = store
 
     @Operation("GET", f"{MESSAGE}/reactions", response=_REACTION_LIST, raises=(*_READER, MessageNotFoundError))
-    async def list(self, request: Request) -> Response:
+    async def list(self, request: ApiRequest) -> ApiResponse:
         """List the reactions to a message."""
         request.author()
         message = await self._store.reading.message(request.id_from_path("message", MessageNotFoundError))
@@ -541,7 +550,7 @@ class ReactionHandlers:
         errors={400: (REACTION_INCOMPLETE, REACTION_TOO_LONG), 403: (OTHER_REACTION_ID,)},
         raises=(*_READER, MessageNotFoundError, TooManyVersionsError, TooManyReactionsError, ThreadKeyDestroyedError),
     )
-    async def set(self, request: Request) -> Response:
+    async def set(self, request: ApiRequest) -> ApiResponse:
         """Set the reaction of one identity. The response is the message; for a signed user who may not read it, without
         a body and other reactions."""
         sent = await request.json(_REACTION_DECODER)
@@ -572,7 +581,7 @@ class ReactionHandlers:
         errors={400: (AUTHOR_TOO_LONG,), 403: (OTHER_REACTION_ID,)},
         raises=(*_READER, MessageNotFoundError, ThreadKeyDestroyedError),
     )
-    async def remove(self, request: Request) -> Response:
+    async def remove(self, request: ApiRequest) -> ApiResponse:
         """Remove the reaction of one identity. Succeeds if there is none."""
         identity = request.path_params["identity"]
         if not identity:

@@ -19,8 +19,8 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from progressdb_server.api.gate.keys import OPERATORS
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import Response
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import ApiResponse
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
 from progressdb_server.metrics import Histogram, Mean, mean_of
 
@@ -61,7 +61,7 @@ class ApiMetrics(Collector):
     def started(self) -> None:
         self._in_flight += 1
 
-    def finished(self, request: Request, status: int, seconds: float) -> None:
+    def finished(self, request: ApiRequest, status: int, seconds: float) -> None:
         """Count a request. One without a route was refused before routing, or its path is unknown."""
         self._in_flight -= 1
         route = request.route
@@ -117,9 +117,9 @@ class ApiMetrics(Collector):
         )
 
     @Operation("GET", "/metrics", roles=OPERATORS, response=TEXT, content_type="text/plain", needs=NOTHING)
-    async def page(self, request: Request) -> Response:
+    async def page(self, request: ApiRequest) -> ApiResponse:
         """Read the metrics in the text format of Prometheus."""
-        return Response(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
+        return ApiResponse(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
 
     def operations(self) -> tuple[Operation, ...]:
         return operations_of(self)

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import jinja2
 
-from progressdb_server.api.gate.response import Response
+from progressdb_server.api.gate.response import ApiResponse
 from progressdb_server.http.asgi import Header
 
 POLICY: Final = (
@@ -49,12 +49,12 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(values)
 
 
-def page_response(page: str, status: int = 200, headers: tuple[Header, ...] = ()) -> Response:
-    return Response(status, page.encode(), (b"content-type", b"text/html; charset=utf-8"), (*HEADERS, *headers))
+def page_response(page: str, status: int = 200, headers: tuple[Header, ...] = ()) -> ApiResponse:
+    return ApiResponse(status, page.encode(), (b"content-type", b"text/html; charset=utf-8"), (*HEADERS, *headers))
 
 
 @cache
-def asset_response(name: str) -> Response:
+def asset_response(name: str) -> ApiResponse:
     """A file that pages load. `name` comes from this code, never from a client."""
     content = resources.files(_PACKAGE).joinpath("templates", name).read_bytes()
-    return Response(200, content, (b"content-type", _TYPES[name.rpartition(".")[2]]), HEADERS)
+    return ApiResponse(200, content, (b"content-type", _TYPES[name.rpartition(".")[2]]), HEADERS)

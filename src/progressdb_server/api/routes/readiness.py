@@ -22,8 +22,8 @@ from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError
 from minikms.platform.logs import Log
 from progressdb_server.api.gate.errors import ApiError, retry_after
 from progressdb_server.api.gate.keys import OPERATORS
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import Response, json_response
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import ApiResponse, json_response
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, list_of, operations_of, texts
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import SEALED, Fault, fault
@@ -157,7 +157,7 @@ class Readiness:
 
     # --- handlers -------------------------------------------------------------------------------------------------
     @Operation("GET", READY_PATH, response=texts("status"), errors={503: (NOT_READY,)}, needs=NOTHING)
-    async def ready(self, request: Request) -> Response:
+    async def ready(self, request: ApiRequest) -> ApiResponse:
         """Check whether writes and the key service work, and whether damage was met in the store; needs no key."""
         if self._drain.is_set() or any(await self.problems()):
             raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
@@ -170,7 +170,7 @@ class Readiness:
         response=list_of("notices", TEXT, ready={"type": "boolean"}, writes=TEXT, key_service=TEXT, damage=TEXT),
         needs=NOTHING,
     )
-    async def explained(self, request: Request) -> Response:
+    async def explained(self, request: ApiRequest) -> ApiResponse:
         """Read why the server is not ready: each text is empty where nothing is wrong. `notices` do not stop it."""
         writes, key_service = await self.problems()
         ready = not (self._drain.is_set() or writes or key_service)

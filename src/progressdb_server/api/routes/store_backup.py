@@ -18,8 +18,8 @@ import msgspec
 from minikms.platform.logs import Log
 from progressdb_server.api.gate.errors import bad_request
 from progressdb_server.api.gate.keys import ADMINS
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import JsonList, Response, json_response
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import ApiResponse, JsonList, json_response
 from progressdb_server.api.openapi.description import (
     DISK,
     INTEGER,
@@ -69,7 +69,7 @@ class BackupHandlers:
         needs=DISK,
         raises=(BackupExistsError, BackupBusyError, BackupOfDatabaseError, BackupError),
     )
-    async def create(self, request: Request) -> Response:
+    async def create(self, request: ApiRequest) -> ApiResponse:
         """Back up the store while the server runs. Back up the key service after it, not before."""
         name = (await request.json(_DECODER, INVALID_REQUEST)).name
         if NAME.fullmatch(name) is None:
@@ -101,7 +101,7 @@ class BackupHandlers:
         ),
         needs=DISK,
     )
-    async def list_registered(self, request: Request) -> JsonList:
+    async def list_registered(self, request: ApiRequest) -> JsonList:
         """List the registered backups of the store, oldest first. The keys that they need are not destroyed."""
         return JsonList(b'{"backups":[', self._pages())
 
@@ -120,7 +120,7 @@ class BackupHandlers:
         needs=DISK,
         raises=(BackupNotFoundError, BackupThereError),
     )
-    async def forget(self, request: Request) -> Response:
+    async def forget(self, request: ApiRequest) -> ApiResponse:
         """Remove a backup from the register. Delete the backup and all its copies first, because the server may then
         destroy keys that only they need."""
         name = request.path_params["name"]

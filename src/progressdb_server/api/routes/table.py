@@ -16,7 +16,7 @@ from starlette.routing import Route, Router
 
 from progressdb_server.api.gate import head
 from progressdb_server.api.gate.errors import ApiError, forbidden, not_found
-from progressdb_server.api.gate.request import Request
+from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.gate.response import EXCHANGE, Exchange
 from progressdb_server.api.openapi.description import Handler, Operation
 from progressdb_server.http.asgi import Receive, Scope, Send
@@ -40,7 +40,7 @@ class Resource:
             raise not_found()
         await exchange.respond(await self.handler(request)(request))
 
-    def handler(self, request: Request) -> Handler:
+    def handler(self, request: ApiRequest) -> Handler:
         """The handler of the request's method. Raises ApiError 405, 403."""
         request.route = self.path
         operation = self._operations.get(request.method)
@@ -73,7 +73,7 @@ class Routing:
             default=_not_found,
         )
 
-    def hot(self, request: Request, scope: Scope) -> Resource | None:
+    def hot(self, request: ApiRequest, scope: Scope) -> Resource | None:
         """The resource of a path that is found without the router."""
         if b"%" in scope.get("raw_path", b""):
             return None

@@ -20,8 +20,8 @@ from progressdb_server.api.gate.errors import (
     bad_request,
 )
 from progressdb_server.api.gate.keys import Role, checked_author
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import NO_CONTENT, JsonList, Response, json_response
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import NO_CONTENT, ApiResponse, JsonList, json_response
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     ID,
@@ -76,7 +76,7 @@ _DECODER: Final = json_decoder(ThreadBody)
 _MEMBERS_DECODER: Final = msgspec.json.Decoder(MembersBody)
 
 
-async def _received(request: Request) -> ThreadBody:
+async def _received(request: ApiRequest) -> ThreadBody:
     """The thread within its bounds. Raises ApiError 400, 413."""
     sent = await request.json(_DECODER)
     if sent.title and len(sent.title.encode()) > limits.TITLE_BYTES_MAX:
@@ -84,7 +84,7 @@ async def _received(request: Request) -> ThreadBody:
     return sent
 
 
-def _checked_members(request: Request, given: object) -> list[str]:
+def _checked_members(request: ApiRequest, given: object) -> list[str]:
     """The members that a new thread begins with. Raises ApiError 400."""
     if given is None or request.acting_user is not None:
         return []
@@ -139,7 +139,7 @@ class ThreadHandlers:
         },
         raises=(IdempotencyConflictError,),
     )
-    async def create(self, request: Request) -> Response:
+    async def create(self, request: ApiRequest) -> ApiResponse:
         """Create a thread."""
         sent = await _received(request)
         author = request.required_author(sent.author)
@@ -167,7 +167,7 @@ class ThreadHandlers:
         ),
         errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG, *THREADS.errors)},
     )
-    async def list(self, request: Request) -> JsonList:
+    async def list(self, request: ApiRequest) -> JsonList:
         """List the author's threads, in order of creation; pages begin with the newest."""
         author = request.required_author()
         title, slug = request.query_params.get("title") or None, request.query_params.get("slug") or None
@@ -185,7 +185,7 @@ class ThreadHandlers:
         errors={400: (AUTHOR_REQUIRED,)},
         raises=(NotTheAuthorError, ThreadNotFoundError),
     )
-    async def read(self, request: Request) -> Response:
+    async def read(self, request: ApiRequest) -> ApiResponse:
         """Read a thread of the author. Only an admin key reads a deleted thread."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
@@ -208,7 +208,7 @@ class ThreadHandlers:
         errors={400: (AUTHOR_REQUIRED, TITLE_REQUIRED, TITLE_TOO_LONG), 403: (OTHER_AUTHOR_IN_BODY,)},
         raises=(NotTheAuthorError, ThreadNotFoundError, ThreadKeyDestroyedError),
     )
-    async def update(self, request: Request) -> Response:
+    async def update(self, request: ApiRequest) -> ApiResponse:
         """Change a thread's title, and with it the slug."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         sent = await _received(request)
@@ -227,7 +227,7 @@ class ThreadHandlers:
         errors={400: (AUTHOR_REQUIRED,)},
         raises=(NotTheAuthorError, ThreadNotFoundError, ThreadKeyDestroyedError),
     )
-    async def delete(self, request: Request) -> Response:
+    async def delete(self, request: ApiRequest) -> ApiResponse:
         """Mark a thread as deleted."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         author = request.required_author()
@@ -235,7 +235,7 @@ class ThreadHandlers:
         return NO_CONTENT
 
     # --- members --------------------------------------------------------------------------------------------------
-    async def _administered(self, request: Request) -> str:
+    async def _administered(self, request: ApiRequest) -> str:
         """The thread of the path, if the caller may see and change its members. Raises ApiError 403, 404."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         request.author()
@@ -246,11 +246,11 @@ class ThreadHandlers:
             raise NotTheAuthorError
         return thread_id
 
-    async def _members(self, thread_id: str) -> Response:
+    async def _members(self, thread_id: str) -> ApiResponse:
         return json_response({"thread": thread_id, "members": await self._store.members.of_thread(thread_id)})
 
     @Operation("GET", THREAD_MEMBERS, response=_MEMBER_LIST, raises=(NotTheAuthorError, ThreadNotFoundError))
-    async def list_members(self, request: Request) -> Response:
+    async def list_members(self, request: ApiRequest) -> ApiResponse:
         """The members of a thread, its author included; for its author, backends and admins."""
         return await self._members(await self._administered(request))
 
@@ -262,7 +262,7 @@ class ThreadHandlers:
         errors={400: (INVALID_MEMBERS,)},
         raises=(NotTheAuthorError, ThreadNotFoundError, TooManyMembersError),
     )
-    async def add_members(self, request: Request) -> Response:
+    async def add_members(self, request: ApiRequest) -> ApiResponse:
         """Add members to a thread, also removed ones again; answers all members."""
         sent = await request.json(_MEMBERS_DECODER)
         members = checked_members(sent.members)
@@ -278,7 +278,7 @@ class ThreadHandlers:
         errors={400: (MEMBER_MISSING,)},
         raises=(NotTheAuthorError, ThreadNotFoundError, MemberIsAuthorError, NoRoomToRemoveError),
     )
-    async def remove_member(self, request: Request) -> Response:
+    async def remove_member(self, request: ApiRequest) -> ApiResponse:
         """Remove somebody, member or not, who then can't post or read until added again."""
         member = request.query_params.get("member", "")
         if not member:

@@ -45,7 +45,7 @@ class AuditorError(Exception):
 
 
 class Auditor:
-    def __init__(self, settings: config.Viewer) -> None:
+    def __init__(self, settings: config.ViewerSection) -> None:
         self._path = settings.audit_socket
         self._uids = settings.audit_server_uids or None
 

@@ -33,8 +33,8 @@ from progressdb_server.api.gate.errors import (
 )
 from progressdb_server.api.gate.keys import KeyTable, Role
 from progressdb_server.api.gate.rates import RateBuckets
-from progressdb_server.api.gate.request import Request
-from progressdb_server.api.gate.response import Response, redirect
+from progressdb_server.api.gate.request import ApiRequest
+from progressdb_server.api.gate.response import ApiResponse, redirect
 from progressdb_server.api.openapi.description import (
     AUTHOR,
     DISK,
@@ -91,7 +91,7 @@ TWO_CURSORS: Final = "give before or after, not both"
 UNKNOWN_FIELD: Final = "the form has an unknown field"
 
 Shown = TypeVar("Shown")
-PageHandler = Callable[[Request, ViewerSession], Awaitable[Response]]
+PageHandler = Callable[[ApiRequest, ViewerSession], Awaitable[ApiResponse]]
 
 _log: Final = Log()
 
@@ -143,7 +143,7 @@ class Viewer:
         """A page within a session. Without a session, the response redirects to the login."""
 
         @wraps(page)
-        async def guarded(request: Request) -> Response:
+        async def guarded(request: ApiRequest) -> ApiResponse:
             session = self.sessions.find(_cookie(request, SESSION_COOKIE), time.monotonic())
             if session is None:
                 return redirect(303, "/viewer/login")
@@ -152,16 +152,16 @@ class Viewer:
 
         return guarded
 
-    async def _login_form(self, request: Request) -> Response:
+    async def _login_form(self, request: ApiRequest) -> ApiResponse:
         """Show the login form."""
         return self._login_page(200, "")
 
-    def _login_page(self, status: int, problem: str, headers: tuple[Header, ...] = ()) -> Response:
+    def _login_page(self, status: int, problem: str, headers: tuple[Header, ...] = ()) -> ApiResponse:
         token = new_token()
         page = pages.render("viewer/login.html", csrf=token, problem=problem)
         return pages.page_response(page, status, (self._set_cookie(LOGIN_COOKIE, token, "/viewer/login"), *headers))
 
-    async def _login(self, request: Request) -> Response:
+    async def _login(self, request: ApiRequest) -> ApiResponse:
         """Log in with an admin key. This starts a session.
 
         The form's token must match its cookie, so that no form of another site can log a user in."""
@@ -188,7 +188,7 @@ class Viewer:
             ),
         )
 
-    async def _logout(self, request: Request, session: ViewerSession) -> Response:
+    async def _logout(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Log out. This ends the session."""
         form = await _form(request, frozenset({"csrf"}))
         if not session.check(form.get("csrf", "")):
@@ -204,7 +204,7 @@ class Viewer:
         return b"set-cookie", "; ".join(words).encode("ascii")
 
     # --- pages ------------------------------------------------------------------------------------------------------
-    async def _overview(self, request: Request, session: ViewerSession) -> Response:
+    async def _overview(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show whether all is well, and what the server has done lately."""
         day = request.query_params.get("period") == "day"
         kms = self._readiness.kms
@@ -227,7 +227,7 @@ class Viewer:
             return pages.page_response(pages.render("viewer/overview_live.html", **_HELPERS, **values))
         return _page("overview", session, **values)
 
-    async def _threads(self, request: Request, session: ViewerSession) -> Response:
+    async def _threads(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """List threads, newest first. Search them by id and author."""
         wanted, author = request.query_params.get("q", "").strip(), request.query_params.get("author", "").strip()
         if len(wanted) > limits.STORED_KEY_BYTES_MAX or len(author) > limits.AUTHOR_BYTES_MAX:
@@ -245,7 +245,7 @@ class Viewer:
         stats = await self._store.stats()
         return _page("threads", session, found=found, wanted=wanted, author=author, stats=stats, problem=problem)
 
-    async def _thread(self, request: Request, session: ViewerSession) -> Response:
+    async def _thread(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show a conversation, and the key that encrypts each message."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
         before, after = request.query_params.get("before", ""), request.query_params.get("after", "")
@@ -260,7 +260,7 @@ class Viewer:
         (thread, shown), problem = await self._opened(read)
         return _page("thread", session, thread=thread, shown=shown, problem=problem)
 
-    async def _message(self, request: Request, session: ViewerSession) -> Response:
+    async def _message(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the versions of a message."""
         message_id = request.id_from_path("message", MessageNotFoundError)
 
@@ -270,7 +270,7 @@ class Viewer:
         found, problem = await self._opened(read)
         return _page("message", session, found=found, latest=found.versions[-1][0], problem=problem)
 
-    async def _jobs_page(self, request: Request, session: ViewerSession) -> Response:
+    async def _jobs_page(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the jobs and their progress."""
         jobs = await self._newest_jobs()
         if request.query_params.get("part") == "rows":
@@ -278,7 +278,7 @@ class Viewer:
         live = any(job.state in UNFINISHED for job in jobs)
         return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
 
-    async def _keys_page(self, request: Request, session: ViewerSession) -> Response:
+    async def _keys_page(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """List keys, oldest first, by thread and state, or one by its id."""
         query = {name: request.query_params.get(name, "").strip() for name in ("key", "thread", "state", "cursor")}
         if any(len(value) > limits.STORED_KEY_BYTES_MAX for value in query.values()):
@@ -300,7 +300,7 @@ class Viewer:
             problem = "" if destroyed else str(error)
         return _page("keys", session, found=found, query=query, problem=problem, destroyed=destroyed)
 
-    async def _audit(self, request: Request, session: ViewerSession) -> Response:
+    async def _audit(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Search the audit log, newest lines first."""
         query = {name: request.query_params.get(name, "").strip() for name in audit.FIELDS}
         if any(len(value) > limits.STORED_KEY_BYTES_MAX for value in query.values()):
@@ -335,7 +335,7 @@ class Viewer:
                 break
         return jobs[:JOBS_SHOWN_MAX]
 
-    async def _status(self, request: Request, session: ViewerSession) -> Response:
+    async def _status(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the status of the key service, or its last status."""
         problem = await self._readiness.key_service.problem()
         kms = self._readiness.kms
@@ -452,40 +452,40 @@ _HELPERS: Final[dict[str, Any]] = {
 }
 
 
-def _page(name: str, session: ViewerSession, **values: Any) -> Response:
+def _page(name: str, session: ViewerSession, **values: Any) -> ApiResponse:
     return pages.page_response(pages.render(f"viewer/{name}.html", session=session, active=name, **_HELPERS, **values))
 
 
-def error_page(error: ApiError, request: Request) -> Response:
+def error_page(error: ApiError, request: ApiRequest) -> ApiResponse:
     page = pages.render(
         "viewer/problem.html", session=None, active="", problem=error.text, request_id=request.request_id
     )
     return pages.page_response(page, error.status, error.headers)
 
 
-async def _to_viewer(request: Request) -> Response:
+async def _to_viewer(request: ApiRequest) -> ApiResponse:
     """Redirect to `/viewer/`."""
     return redirect(308, "/viewer/")
 
 
-async def _style(request: Request) -> Response:
+async def _style(request: ApiRequest) -> ApiResponse:
     """The style sheet of the pages."""
     return pages.asset_response("style.css")
 
 
-async def _script(request: Request) -> Response:
+async def _script(request: ApiRequest) -> ApiResponse:
     """The script of the page that shows the jobs."""
     return pages.asset_response("viewer.js")
 
 
-def _cookie(request: Request, name: str) -> str:
+def _cookie(request: ApiRequest, name: str) -> str:
     """The value of a cookie; empty if there is none, or more than one of this name."""
     given = request.headers.get(head.COOKIE, b"").decode("latin-1")
     found = [value for key, _, value in (part.strip().partition("=") for part in given.split(";")) if key == name]
     return found[0] if len(found) == 1 else ""
 
 
-async def _form(request: Request, fields: frozenset[str]) -> dict[str, str]:
+async def _form(request: ApiRequest, fields: frozenset[str]) -> dict[str, str]:
     """The fields of an `application/x-www-form-urlencoded` body. Raises ApiError 400 for any other field, 413."""
     raw = await request.body()
     if len(raw) > limits.FORM_BYTES_MAX:

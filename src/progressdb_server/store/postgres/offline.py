@@ -25,7 +25,7 @@ from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Counters, EngineUna
 from progressdb_server.store.keyspace import Stamp
 from progressdb_server.store.local import begun_copy
 from progressdb_server.store.model import FormatError, StoreLockedError
-from progressdb_server.store.offline import WALK_BYTES_MAX, Head
+from progressdb_server.store.offline import WALK_BYTES_MAX, ThreadTail
 from progressdb_server.store.postgres.reads import PostgresReads
 from progressdb_server.store.postgres.tables import (
     COPYING,
@@ -109,11 +109,11 @@ class PostgresEntries(PostgresReads):
             yield [(key, value) for _, key, value in rows]
             after = (rows[-1][0], rows[-1][1])
 
-    async def heads(self) -> AsyncIterator[list[Head]]:
+    async def heads(self) -> AsyncIterator[list[ThreadTail]]:
         for statement, skipped in ((_LAST, TKEY_HASH_BYTES + len(keyspace.THREAD)), (_HEADLESS, len(keyspace.MAP))):
             place = b""
             while rows := await self.fetch(statement, place, SCAN_ENTRIES_MAX):
-                yield [Head(row[0][skipped:], row[1], row[2]) for row in rows]
+                yield [ThreadTail(row[0][skipped:], row[1], row[2]) for row in rows]
                 place = rows[-1][0]
 
     async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
