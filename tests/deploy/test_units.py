@@ -86,7 +86,7 @@ def test_the_units_are_valid(tmp_path: Path) -> None:
 
 
 def test_the_units_run_what_the_package_has_or_depends_on() -> None:
-    """`dash`, `coreutils` and `systemd`; `kill` is a program of `procps`."""
+    """Essential programs, and one of systemd. The package of the program kill(1) is not essential."""
     lines = [line for path in UNITS.glob("*.service") for line in restricted.directives(str(path))]
     programs = {value.lstrip("+-").split()[0] for name, value in lines if name.startswith("Exec")}
     others = {program for program in programs if not program.startswith("/opt/progressdb/bin/")}
