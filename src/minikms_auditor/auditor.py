@@ -212,14 +212,14 @@ class Auditor:
         if witnessed is None:
             return None
         line = witnessed.line
-        taken = Cursor(1, line.log_id, line.seq, line.sig)
+        lowest = Cursor(1, line.log_id, line.seq, line.sig)
         for sink in self._sinks:
             if sink.required:
                 cursor = sink.cursor
-                if cursor is None or cursor.log_id != taken.log_id or not cursor.sig:
+                if cursor is None or cursor.log_id != lowest.log_id or not cursor.sig:
                     return None
-                taken = min(taken, cursor, key=lambda each: each.seq)
-        return taken
+                lowest = min(lowest, cursor, key=lambda each: each.seq)
+        return lowest
 
     def _ask(self, line: Cursor | None) -> AuditPositionAnswer:
         report = partial(self._kms.report_audit_position, origin=self._config.origin)

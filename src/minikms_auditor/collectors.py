@@ -97,9 +97,9 @@ class SplunkCollector(Collector):
         if content.ackId is None:
             raise LaterError("its token has no indexer acknowledgement: enable it (useACK)")
         ends_s = time.monotonic() + self._acknowledged_seconds
-        asked = msgspec.json.encode({"acks": [content.ackId]})
+        request = msgspec.json.encode({"acks": [content.ackId]})
         while True:
-            answer = self._post("/services/collector/ack", asked)
+            answer = self._post("/services/collector/ack", request)
             if answer.status != 200:
                 raise LaterError(f"it answers {answer.status} to a question for an acknowledgement")
             if _decoded(answer).acks.get(str(content.ackId)):

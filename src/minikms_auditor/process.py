@@ -96,9 +96,9 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         cleaning.callback(store.close)
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
-        asked = None
+        questions = None
         if config.questions is not None:
-            asked = cleaning.enter_context(listen(config.questions.socket, {}, mode=QUESTIONS_MODE)).socket
+            questions = cleaning.enter_context(listen(config.questions.socket, {}, mode=QUESTIONS_MODE)).socket
         read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
         if config.uses_network:
             read += NETWORK_PATHS
@@ -126,9 +126,9 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
             "running", origin=config.origin, size=store.state.size, vkeys=[key.text() for key in signers.verifiers]
         )
         process = _Process(auditor, sinks, stopping=stopping, listener=listener, run=run)
-        if config.questions is not None and asked is not None:
+        if config.questions is not None and questions is not None:
             process.questions = (
-                asked,
+                questions,
                 QuestionApplication(
                     config, config.questions, auditor, status=process.status, stopping=stopping.is_set, log=log
                 ),

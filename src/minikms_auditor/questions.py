@@ -114,17 +114,17 @@ class QuestionApplication(SmallApplication):
         return self._answer(session, question)
 
     async def _answer(self, uid: int, question: AuditQuestion) -> bytes | Response:
-        asked: dict[str, Any] = {name: value for name, value in msgspec.structs.asdict(question).items() if value}
-        asked["thread_keys"] = len(question.thread_keys)
+        members: dict[str, Any] = {name: value for name, value in msgspec.structs.asdict(question).items() if value}
+        members["thread_keys"] = len(question.thread_keys)
         try:
             answer = await in_worker(self._worker, partial(self._search, question))
         except (KmsRefusedError, OSError) as error:
             why = str(getattr(error, "strerror", None) or error)
-            self._log.warning("question failed", uid=uid, why=why, **asked)
+            self._log.warning("question failed", uid=uid, why=why, **members)
             return error_response(503, api.CODE_AUDIT_UNAVAILABLE, f"the audit log can't be read: {why}")
         finally:
             self._waiting -= 1
-        self._log.info("question", uid=uid, lines=len(answer.lines), stopped=answer.stopped, **asked)
+        self._log.info("question", uid=uid, lines=len(answer.lines), stopped=answer.stopped, **members)
         return msgspec.json.encode(answer)
 
     def _search(self, question: AuditQuestion) -> AuditAnswer:

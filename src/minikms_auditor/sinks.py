@@ -313,12 +313,12 @@ class Shipper:
 
     def _delivered(self, last: SinkMessage) -> None:
         rejected = 0 if self._files.cursor is None else self._files.cursor.rejected
-        sent = Cursor(1, last.log_id, last.event.seq, last.sig, rejected)
-        self._sent = sent
+        cursor = Cursor(1, last.log_id, last.event.seq, last.sig, rejected)
+        self._sent = cursor
         if self._transport.settle_seconds:
-            self._settling.append((time.monotonic() + self._transport.settle_seconds, sent))
+            self._settling.append((time.monotonic() + self._transport.settle_seconds, cursor))
         else:
-            self._store_cursor(sent)
+            self._store_cursor(cursor)
 
     def _settle(self) -> None:
         """Let the cursor go on to what no receiver can lose any more. Raises OSError, ExchangeError."""
@@ -344,30 +344,30 @@ class Shipper:
 
     def _begin(self, log_id: str, logs: Sequence[LogRange], size: int) -> bool:
         """Go on with another log than before, or with the first one."""
-        sent = self._sent
-        if sent is not None:
-            for lost in _unsent(sent, logs, size):
+        cursor = self._sent
+        if cursor is not None:
+            for lost in _unsent(cursor, logs, size):
                 return self._pass_over(lost)
             if self._settling:
                 return False
-            self._transport.begin_log(sent.log_id)
+            self._transport.begin_log(cursor.log_id)
         first = next((each.first_seq for each in logs if each.log_id == log_id), 1)
-        if sent is None:  # a new sink misses nothing that was removed before
+        if cursor is None:  # a new sink misses nothing that was removed before
             first = max(first, _first_seq(self._log_dir))
-        self._files.save(Cursor(1, log_id, first - 1, b"", 0 if sent is None else sent.rejected))
+        self._files.save(Cursor(1, log_id, first - 1, b"", 0 if cursor is None else cursor.rejected))
         self.rewind()
         return True
 
-    def _batch(self, last: TreeLine, sent: Cursor) -> list[SinkMessage] | _Missing:
+    def _batch(self, last: TreeLine, cursor: Cursor) -> list[SinkMessage] | _Missing:
         """The lines after `sent`, up to `last`."""
         if self._follower is None:
-            sent = self._begin_reading(last, sent if self._is_recalled else self._recalled(last, sent))
+            cursor = self._begin_reading(last, cursor if self._is_recalled else self._recalled(last, cursor))
             self._is_recalled = True
         batch: list[SinkMessage] = []
         held_bytes = 0
         for line in self._lines(last.seq):
             seq = record.peek_seq(line)
-            due = sent.seq + len(batch) + 1
+            due = cursor.seq + len(batch) + 1
             if seq != due:
                 self._held.appendleft(line)
                 if batch:
@@ -378,17 +378,17 @@ class Shipper:
             held_bytes += len(message.body)
             if held_bytes >= BATCH_BYTES_MAX or len(batch) >= self._lines_max:
                 break
-        if not batch and sent.seq < last.seq:
-            raise _StoppedError(f"the log has no line {sent.seq + 1}, and the tree has it")
+        if not batch and cursor.seq < last.seq:
+            raise _StoppedError(f"the log has no line {cursor.seq + 1}, and the tree has it")
         return batch
 
-    def _recalled(self, last: TreeLine, sent: Cursor) -> Cursor:
+    def _recalled(self, last: TreeLine, cursor: Cursor) -> Cursor:
         """The cursor, or the last line of the receiver's own file, which must be in the tree. A file that ends before
         the cursor has lost lines; not if the cursor has no MAC, since it is then behind lines that no sink got.
         """
         line = self._transport.last_line()
         if line is None:
-            return sent
+            return cursor
         seq = record.peek_seq(line)
         if seq > last.seq:
             raise _StoppedError(
@@ -401,29 +401,29 @@ class Shipper:
             raise _StoppedError(
                 f"the last line of the copy, line {seq}, is not the one of the log: forward to an empty copy"
             ) from None
-        if seq > sent.seq or (seq < sent.seq and sent.sig):
-            return self._moved(sent, message)
-        return sent
+        if seq > cursor.seq or (seq < cursor.seq and cursor.sig):
+            return self._moved(cursor, message)
+        return cursor
 
-    def _begin_reading(self, last: TreeLine, sent: Cursor) -> Cursor:
+    def _begin_reading(self, last: TreeLine, cursor: Cursor) -> Cursor:
         """Read from the line of the cursor on, if the log has it still: it must be the one that was sent, and its MAC
         is reported.
         """
-        after = max(0, sent.seq - 1)
+        after = max(0, cursor.seq - 1)
         number = segment_before(self._log_dir, after + 1)
         self._follower = LogFollower(self._log_dir, after_seq=after, after_segment=number)
-        for line in self._lines(sent.seq):
-            if record.peek_seq(line) != sent.seq:
+        for line in self._lines(cursor.seq):
+            if record.peek_seq(line) != cursor.seq:
                 self._held.appendleft(line)
                 break
             message = self._message(last.log_id, line)
-            if sent.sig and not hmac.compare_digest(message.sig, sent.sig):
-                raise _StoppedError(f"line {sent.seq} of the log is not the one that was sent")
-            return sent if sent.sig else self._moved(sent, message)
-        return sent
+            if cursor.sig and not hmac.compare_digest(message.sig, cursor.sig):
+                raise _StoppedError(f"line {cursor.seq} of the log is not the one that was sent")
+            return cursor if cursor.sig else self._moved(cursor, message)
+        return cursor
 
-    def _moved(self, sent: Cursor, to: SinkMessage) -> Cursor:
-        self._sent = moved = Cursor(1, to.log_id, to.event.seq, to.sig, sent.rejected)
+    def _moved(self, cursor: Cursor, to: SinkMessage) -> Cursor:
+        self._sent = moved = Cursor(1, to.log_id, to.event.seq, to.sig, cursor.rejected)
         self._files.save(moved)
         return moved
 
@@ -518,13 +518,13 @@ def _with_log_id(log_id: str, seq: int, line: bytes) -> bytes:
     return b'{"log_id":"%b","seq":%d,%b' % (log_id.encode("ascii"), seq, line[1:])
 
 
-def _unsent(sent: Cursor, logs: Sequence[LogRange], size: int) -> Iterator[_Missing]:
+def _unsent(cursor: Cursor, logs: Sequence[LogRange], size: int) -> Iterator[_Missing]:
     """Lines of the log of `sent` and of later logs but the newest, which no reader finds any more."""
     known = False
     for each, end in zip(logs[:-1], [following.first_leaf for following in logs[1:]], strict=True):
         last = each.first_seq + min(end, size) - each.first_leaf - 1
         first = each.first_seq
-        if each.log_id == sent.log_id:
-            known, first = True, sent.seq + 1
+        if each.log_id == cursor.log_id:
+            known, first = True, cursor.seq + 1
         if known and first <= last:
             yield _Missing(each.log_id, first, last, "another log was begun before these lines were sent")

@@ -161,9 +161,9 @@ class AuditorStore:
                 self._swept.add(directory)
             write_files(fd, group)
 
-    def _remove_partial(self, made: Iterable[Tile]) -> None:
+    def _remove_partial(self, tiles: Iterable[Tile]) -> None:
         """Partial tiles of tiles that are full now: readers find the full one. Nobody reads leftovers."""
-        for tile in made:
+        for tile in tiles:
             if tile.width == TILE_WIDTH:
                 with contextlib.suppress(OSError):
                     shutil.rmtree(os.path.join(self._tree, tile.path + ".p"))
@@ -318,8 +318,8 @@ def accepted_keys(state_dir: str) -> list[bytes]:
 
 def accept_key(state_dir: str, key: bytes) -> None:
     """Accept a public key that a log may begin with. Raises StartError, StorageUnavailableError."""
-    kept = [*(each for each in accepted_keys(state_dir) if each != key), key]
-    _replace_in(state_dir, ACCEPTED_NAME, msgspec.json.encode(kept))
+    keys = [*(each for each in accepted_keys(state_dir) if each != key), key]
+    _replace_in(state_dir, ACCEPTED_NAME, msgspec.json.encode(keys))
 
 
 def skipped_lines(state_dir: str) -> list[SkippedLine]:
@@ -329,8 +329,8 @@ def skipped_lines(state_dir: str) -> list[SkippedLine]:
 
 def skip_line(state_dir: str, log_id: str, seq: int) -> None:
     """Let the sinks that wait at this line go on without it. Raises StartError, StorageUnavailableError."""
-    kept = [*skipped_lines(state_dir), SkippedLine(log_id, seq)]
-    _replace_in(state_dir, SKIPPED_NAME, msgspec.json.encode(kept[-SKIPPED_COUNT_MAX:]))
+    lines = [*skipped_lines(state_dir), SkippedLine(log_id, seq)]
+    _replace_in(state_dir, SKIPPED_NAME, msgspec.json.encode(lines[-SKIPPED_COUNT_MAX:]))
 
 
 def _listed(state_dir: str, name: str, kind: type[T], remedy: str) -> list[T]:

@@ -66,10 +66,10 @@ class WitnessClient:
         context = client_context(files, ca=witness.ca) if witness.url.startswith("https:") else None
         self.http = HttpClient(witness.url, context, agent="minikms-auditor")
 
-    def submit(self, sent: Submission, ends_s: float) -> Signature:
+    def submit(self, submission: Submission, ends_s: float) -> Signature:
         """Its cosignature. Raises WitnessAlarmError, WitnessFailedError."""
         try:
-            signature = self._submit(sent, ends_s)
+            signature = self._submit(submission, ends_s)
         except (WitnessFailedError, ExchangeError, OSError) as error:
             self._failures += 1
             self.retry_s = time.monotonic() + min(2.0**self._failures, BACKOFF_SECONDS_MAX)
@@ -79,34 +79,34 @@ class WitnessClient:
         except WitnessAlarmError as error:
             self.error = str(error)
             raise
-        self._failures, self.error, self.known_size = 0, "", sent.size
+        self._failures, self.error, self.known_size = 0, "", submission.size
         self.cosigned_at = cosigned_at(signature) or 0
         return signature
 
-    def _submit(self, sent: Submission, ends_s: float) -> Signature:
-        old, is_disputed = min(self.known_size, sent.size), False
+    def _submit(self, submission: Submission, ends_s: float) -> Signature:
+        old, is_disputed = min(self.known_size, submission.size), False
         for _ in range(ATTEMPTS):
-            proof = tree.consistency_proof(sent.node, old, sent.size)
+            proof = tree.consistency_proof(submission.node, old, submission.size)
             lines = [f"old {old}", *map(encode_text, proof), "", ""]
-            content = "\n".join(lines).encode() + sent.note.encode()
+            content = "\n".join(lines).encode() + submission.note.encode()
             headers = {"Content-Type": "text/plain; charset=utf-8"}
             status, body, _ = self.http.post(f"{self.http.path}/add-checkpoint", content, headers, ends_s)
             if status == 200:
-                return self._cosignature(sent.note.text, body)
+                return self._cosignature(submission.note.text, body)
             if status == 422:
                 raise WitnessAlarmError(f"the witness {self.key.name} knows a tree that this one does not extend")
             match = _SIZE.fullmatch(body) if status == 409 else None
-            if status == 409 and match is None and old == sent.size and not is_disputed:
+            if status == 409 and match is None and old == submission.size and not is_disputed:
                 # It knows another tree of this size, or this is no answer of a witness. One names its size here:
                 old, is_disputed = 0, True
                 continue
             known = int(match[1]) if match else old
-            if known > sent.size:
+            if known > submission.size:
                 raise WitnessAlarmError(
-                    f"the witness {self.key.name} knows a tree of {known} leaves, and this one has {sent.size}: the "
-                    "state of the auditor or the log is an older copy"
+                    f"the witness {self.key.name} knows a tree of {known} leaves, and this one has {submission.size}: "
+                    "the state of the auditor or the log is an older copy"
                 )
-            if match and known == sent.size and (is_disputed or old == known):
+            if match and known == submission.size and (is_disputed or old == known):
                 raise WitnessAlarmError(f"the witness {self.key.name} knows another tree of {known} leaves")
             if known == old:
                 raise WitnessFailedError(f"it answers {status}")
@@ -140,15 +140,15 @@ class Witnesses:
         self._running: dict[WitnessClient, tuple[Future[Signature], Submission, float]] = {}
         """The requests under way, and when each must be answered."""
 
-    def submit(self, sent: Submission, quorum: int) -> Round:
+    def submit(self, submission: Submission, quorum: int) -> Round:
         """Ask all witnesses that are due, at once, and wait for at most `ROUND_SECONDS_MAX`; once a quorum has
         cosigned, for at most `GRACE_SECONDS` longer. `collect` gets an alarm of the others then.
         """
         until_s = ends_s = time.monotonic() + ROUND_SECONDS_MAX
         late: set[Future[Signature]] = set()
         for client in filter(self._is_due, self.clients):
-            answer = self._threads.submit(client.submit, sent, ends_s)
-            self._running[client] = answer, sent, ends_s
+            answer = self._threads.submit(client.submit, submission, ends_s)
+            self._running[client] = answer, submission, ends_s
             late.add(answer)
         cosigned = 0
         while late and (left_s := until_s - time.monotonic()) > 0:
@@ -156,13 +156,13 @@ class Witnesses:
             cosigned += sum(answer.exception() is None for answer in done)
             if cosigned >= quorum and until_s == ends_s:
                 until_s = min(ends_s, time.monotonic() + GRACE_SECONDS)
-        return self.collect(sent)
+        return self.collect(submission)
 
-    def collect(self, sent: Submission | None = None) -> Round:
+    def collect(self, newest: Submission | None = None) -> Round:
         """What was answered since the last call: alarms, and cosignatures of `sent`. Ends what takes too long."""
         signatures: list[Signature] = []
         alarm = ""
-        for client, (answer, asked, ends_s) in list(self._running.items()):
+        for client, (answer, submission, ends_s) in list(self._running.items()):
             if not answer.done():
                 if time.monotonic() >= ends_s:
                     client.http.abort()
@@ -170,7 +170,7 @@ class Witnesses:
             del self._running[client]
             try:
                 signature = answer.result()
-                if asked is sent:
+                if submission is newest:
                     signatures.append(signature)
             except WitnessAlarmError as error:
                 alarm = alarm or str(error)

@@ -101,16 +101,16 @@ def parse_uri(uri: str, kinds: tuple[str, ...] = ("private",)) -> KeyUri:
         raise TokenError(f"a pkcs11: URI has at most {URI_CHARS_MAX} characters")
     if "pin-value=" in query:
         raise TokenError("pin-value shows the PIN to everyone who sees the URI: write pin-source=file:/PATH")
-    named, asked = _attributes(path, ";", _PATH), _attributes(query, "&", _QUERY)
+    named, query_attributes = _attributes(path, ";", _PATH), _attributes(query, "&", _QUERY)
     wanted = named.pop("type", b"")
     if wanted and os.fsdecode(wanted) not in kinds:
         raise TokenError(f"the key of a pkcs11: URI has type={' or type='.join(kinds)} here")
     label, key_id = named.pop("object", None), named.pop("id", None)
     if (label is None and key_id is None) or not named.keys() & {"token", "serial"}:
         raise TokenError("a pkcs11: URI names its token with token= or serial=, and its key with object= or id=")
-    if asked.keys() != set(_QUERY):
+    if query_attributes.keys() != set(_QUERY):
         raise TokenError("a pkcs11: URI ends with ?module-path=/PATH&pin-source=file:/PATH")
-    module, source = os.fsdecode(asked["module-path"]), os.fsdecode(asked["pin-source"])
+    module, source = os.fsdecode(query_attributes["module-path"]), os.fsdecode(query_attributes["pin-source"])
     pin_file = source.removeprefix("file:").removeprefix("//") if source.startswith("file:") else ""
     if not (os.path.isabs(module) and os.path.isabs(pin_file)) or "\0" in module + pin_file:
         raise TokenError("module-path is an absolute path, and pin-source is file: with an absolute path")

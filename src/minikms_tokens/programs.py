@@ -92,7 +92,7 @@ def run(
 
 
 def _exchange(
-    process: subprocess.Popen[bytes], name: str, given: memoryview, room: memoryview, deadline: float
+    process: subprocess.Popen[bytes], name: str, rest: memoryview, room: memoryview, deadline: float
 ) -> tuple[int, bytes]:
     """Serves the pipes until the program has ended and they are closed. The number of bytes in `room`, and errors."""
     stdin, stdout, stderr = (stream.fileno() for stream in (process.stdin, process.stdout, process.stderr) if stream)
@@ -113,10 +113,10 @@ def _exchange(
             for key, _ in ready:
                 if key.fd == stdin:
                     try:
-                        given = given[os.write(stdin, given) if given else 0 :]
+                        rest = rest[os.write(stdin, rest) if rest else 0 :]
                     except BrokenPipeError:
-                        given = given[:0]
-                    goes_on = bool(given)
+                        rest = rest[:0]
+                    goes_on = bool(rest)
                 elif key.fd == stdout:
                     got = os.readv(stdout, [room[count:], bytearray(1)])
                     count, goes_on = count + got, got > 0

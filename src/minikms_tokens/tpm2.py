@@ -107,8 +107,8 @@ class Tpm2Wrapper:
     """A sealed object of the TPM. It binds no context: the pin of the root key does."""
 
     def __init__(self, source: str) -> None:
-        given = _parameters(source)
-        self._parent, self._tcti, self._pcrs = (given.get(name, "") for name in ("parent", "tcti", "pcrs"))
+        parameters = _parameters(source)
+        self._parent, self._tcti, self._pcrs = (parameters.get(name, "") for name in ("parent", "tcti", "pcrs"))
         policy_of(self._pcrs, b"")
         programs.find("tpm2_unseal", "tpm2-tools")
 
@@ -121,8 +121,8 @@ class Tpm2Wrapper:
             parent = self._made_parent(work)
             session = work.session(parent, "--hmac-session", "--enable-decrypt")
             policy, public, private = work.file(policy_of(self._pcrs, values)), work.file(), work.file()
-            made = ("-L", policy, "-a", _ATTRIBUTE_NAMES, "-u", public, "-r", private)
-            work.run("create", "-Q", "-C", parent, "-P", f"session:{session}", "-i", "-", *made, given=key)
+            output = ("-L", policy, "-a", _ATTRIBUTE_NAMES, "-u", public, "-r", private)
+            work.run("create", "-Q", "-C", parent, "-P", f"session:{session}", "-i", "-", *output, given=key)
             blob = bytes([BLOB_VERSION]) + values + work.read(public) + work.read(private)
         parse_blob(blob, self._pcrs)
         return blob
@@ -145,10 +145,10 @@ class Tpm2Wrapper:
     def _made_parent(self, work: _Work) -> str:
         if self._parent:
             return self._parent
-        made = work.file()
-        template = ("-G", "ecc256:aes128cfb", "-a", _STORAGE_KEY, "-u", "-", "-c", made)
+        context = work.file()
+        template = ("-G", "ecc256:aes128cfb", "-a", _STORAGE_KEY, "-u", "-", "-c", context)
         work.run("createprimary", "-Q", "-C", "o", *template, given=bytes(_UNIQUE_BYTES))
-        return made
+        return context
 
     def _values(self, work: _Work) -> bytes:
         if not self._pcrs:
@@ -163,18 +163,18 @@ class Tpm2Wrapper:
 
 
 def _parameters(source: str) -> dict[str, str]:
-    given: dict[str, str] = {}
+    values: dict[str, str] = {}
     path, mark, query = source.removeprefix("tpm2:").partition("?")
     for part in query.split("&") if mark else ():
         name, _, value = part.partition("=")
-        if name not in _PARAMETERS or name in given or _PARAMETERS[name].fullmatch(value) is None:
+        if name not in _PARAMETERS or name in values or _PARAMETERS[name].fullmatch(value) is None:
             raise TokenError(
                 "the parameters of tpm2: are parent=0x81…, tcti=device:… (or swtpm, tabrmd) and pcrs=sha256:0,2,4"
             )
-        given[name] = value
+        values[name] = value
     if path:
         raise TokenError("tpm2: is followed by nothing, or by ? and its parameters")
-    return given
+    return values
 
 
 def _parse_pcrs(text: str) -> tuple[str, list[int]]:
@@ -219,12 +219,12 @@ class _Work:
 
     def session(self, parent: str, kind: str, use: str) -> str:
         """A session whose salt only the TPM of `parent` can open, and which encrypts what is secret."""
-        made = self.file()
-        self.run("startauthsession", kind, "-c", parent, "-S", made)
-        self._sessions.append(made)
+        context = self.file()
+        self.run("startauthsession", kind, "-c", parent, "-S", context)
+        self._sessions.append(context)
         self._flush("-t")  # a TPM has room for three; its resource manager needs no help and shows no object of others
-        self.run("sessionconfig", use, made)
-        return made
+        self.run("sessionconfig", use, context)
+        return context
 
     def run(self, tool: str, *arguments: str, given: memoryview | bytes = b"", into: memoryview | None = None) -> int:
         """The number of bytes in `into`. Raises TokenError."""

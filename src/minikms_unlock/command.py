@@ -164,9 +164,9 @@ def configure(
     from minikms_unlock.setup import next_steps
 
     with _client(socket, server_uid) as kms:
-        made = run(source, config, kms)
-    facts = {"slot_id": made.slot.slot_id, "fingerprint": made.slot.fingerprint, "done": made.done}
-    print_result(facts, next_steps(made, source, config, UNLOCK_SOCKET), json=json)
+        configured = run(source, config, kms)
+    facts = {"slot_id": configured.slot.slot_id, "fingerprint": configured.slot.fingerprint, "done": configured.done}
+    print_result(facts, next_steps(configured, source, config, UNLOCK_SOCKET), json=json)
     return EXIT_GOOD
 
 

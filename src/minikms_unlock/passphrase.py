@@ -127,13 +127,13 @@ def _overwrite_freed_blocks() -> None:
     library.malloc.restype = ctypes.c_void_p
     library.malloc.argtypes = (ctypes.c_size_t,)
     library.free.argtypes = (ctypes.c_void_p,)
-    taken: list[int] = []
+    blocks: list[int] = []
     for size in range(16, _FREED_BLOCK_BYTES_MAX + 1, 16):
         for _ in range(_FREED_BLOCKS_COUNT):
             if address := library.malloc(size):
                 ctypes.memset(address, 0, size)
-                taken.append(address)
-    for address in taken:
+                blocks.append(address)
+    for address in blocks:
         library.free(address)
 
 

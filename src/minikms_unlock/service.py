@@ -88,12 +88,12 @@ def serve(config_path: Path, log_format: str) -> int:
         for measure in measures:
             if not measure.in_force:
                 log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
-        asked = _asked(listener, uid, log)
-        if asked is None:
+        question = _asked(listener, uid, log)
+        if question is None:
             log.info("nobody asked")
             return EXIT_GOOD
-        with asked.connection:
-            return _answer(asked, config, arena, log)
+        with question.connection:
+            return _answer(question, config, arena, log)
 
 
 def _asked(listener: socket.socket, uid: int | None, log: Log) -> Asked | None:
@@ -138,8 +138,8 @@ def _question(connection: socket.socket, deadline: float) -> Question | None:
     return parse_question(data)
 
 
-def _answer(asked: Asked, config: Config | None, arena: SecretArena, log: Log) -> int:
-    connection, question = asked
+def _answer(request: Asked, config: Config | None, arena: SecretArena, log: Log) -> int:
+    connection, question = request
     log = log.bind(purpose=question.purpose, keyring_id=question.keyring_id)
     key = arena.allocate()  # the arena zeroes it, also while a provider that is late has its view
     kind, why = AWAY, _NO_CONFIGURATION

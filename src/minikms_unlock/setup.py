@@ -108,20 +108,21 @@ def root_of_provider(source: str, path: Path) -> Iterator[OneTimeKey]:
             yield text
 
 
-def next_steps(made: Configured, source: str, path: Path, unlock_socket: str) -> list[str]:
+def next_steps(configured: Configured, source: str, path: Path, unlock_socket: str) -> list[str]:
     """For people. A service with other names, such as that of a tenant, has other units."""
-    opens = f"Slot {made.slot.slot_id} opens under the root key {made.slot.fingerprint} of this source."
-    if not made.of_package:
+    opens = f"Slot {configured.slot.slot_id} opens under the root key {configured.slot.fingerprint} of this source."
+    if not configured.of_package:
         return [opens]
     return [
         f"{opens} Next, as root:",
         "  systemctl enable --now minikms-unlock.socket",
         f"  echo PROGRESSDB_MINIKMS_ROOT=unlock:{unlock_socket} >> /etc/progressdb/minikms.env",
         "  systemctl restart minikms.service",
-        f"  minikms-unlock test {made.slot.slot_id} {shlex.quote(source)} --config {shlex.quote(str(path))}",
+        f"  minikms-unlock test {configured.slot.slot_id} {shlex.quote(source)} --config {shlex.quote(str(path))}",
         *(
-            f"  minikms root remove {slot_id}  # if the daemon was started under {made.slot.slot_id}: minikms root list"
-            for slot_id in made.others
+            f"  minikms root remove {slot_id}  "
+            f"# if the daemon was started under {configured.slot.slot_id}: minikms root list"
+            for slot_id in configured.others
         ),
     ]
 

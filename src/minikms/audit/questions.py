@@ -102,12 +102,12 @@ class Search(msgspec.Struct, kw_only=True):
         needles = self._needles(keys)
         for file in newest_first(self.directory):
             for group in self._groups(file, conditions):
-                kept: deque[Event] = deque(maxlen=self.count + 1)
+                events: deque[Event] = deque(maxlen=self.count + 1)
                 first = 0
                 for content in self._contents(file, group):
                     first = first or record.peek_seq(content)
-                    kept += _matching(content, needles, self.sought, keys, self.before)
-                yield from reversed(kept)
+                    events += _matching(content, needles, self.sought, keys, self.before)
+                yield from reversed(events)
                 if first < self.before:  # else an answer that is late would not go on
                     self.reached = first or self.reached
                     if self.is_late():

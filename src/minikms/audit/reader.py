@@ -497,11 +497,11 @@ def _last_of_file(file: SegmentFile, count: int) -> list[bytes]:
 
 
 def _last_of(lines: Iterable[bytes], count: int) -> list[bytes]:
-    kept: collections.deque[bytes] = collections.deque(maxlen=count)
+    newest: collections.deque[bytes] = collections.deque(maxlen=count)
     held_bytes = 0
     for line in lines:
-        held_bytes += len(line) - (len(kept[0]) if len(kept) == count else 0)
-        kept.append(line)
+        held_bytes += len(line) - (len(newest[0]) if len(newest) == count else 0)
+        newest.append(line)
         while held_bytes > LAST_BYTES_MAX:
-            held_bytes -= len(kept.popleft())
-    return list(kept)
+            held_bytes -= len(newest.popleft())
+    return list(newest)

@@ -139,13 +139,13 @@ class RightEdge:
 
     def take_tiles(self) -> list[Tile]:
         """The tiles that became full since the last call, and the partial ones of the present size."""
-        taken, self._full = self._full, []
+        tiles, self._full = self._full, []
         size = self.size
         for level, content in enumerate(self._levels):
             if content:
-                taken.append(Tile(level, size >> TILE_HEIGHT, bytes(content)))
+                tiles.append(Tile(level, size >> TILE_HEIGHT, bytes(content)))
             size >>= TILE_HEIGHT
-        return taken
+        return tiles
 
     def root(self) -> bytes:
         root: bytes | None = None

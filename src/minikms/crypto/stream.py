@@ -140,13 +140,13 @@ def _blocks(parts: Iterable[bytes], size: int) -> Iterator[tuple[bytearray | mem
 
 def _take(parts: Iterator[bytes], size: int) -> tuple[bytes, bytes]:
     """The first `size` bytes, or all if there are fewer, and the rest of the last part."""
-    taken = bytearray()
-    while len(taken) < size:
+    content = bytearray()
+    while len(content) < size:
         part = next(parts, None)
         if part is None:
             break
-        taken += part
-    return bytes(taken[:size]), bytes(taken[size:])
+        content += part
+    return bytes(content[:size]), bytes(content[size:])
 
 
 def _not_open() -> DecryptionError:

@@ -442,8 +442,8 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
 
     def _replaced(self, answers: list[bytes], instead: Response) -> list[bytes]:
         """The same number of answers: `instead` for each one that needs the turn's commit."""
-        kept = self._server.encoder.answer(instead, close=False)
-        replaced = [answer if answer is CONTINUE or type(answer) is Uncommitted else kept for answer in answers]
+        encoded = self._server.encoder.answer(instead, close=False)
+        replaced = [answer if answer is CONTINUE or type(answer) is Uncommitted else encoded for answer in answers]
         if answers and self._blocked & _CLOSING and type(replaced[-1]) is not Uncommitted:
             replaced[-1] = self._server.encoder.answer(instead, close=True)
         return replaced
@@ -570,9 +570,9 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         if unread == 0:
             self._stall_since = None
             return False
-        taken = self._written - unread
-        if self._stall_since is None or taken - self._stall_mark >= WRITE_PROGRESS_BYTES_MIN:
+        read_bytes = self._written - unread
+        if self._stall_since is None or read_bytes - self._stall_mark >= WRITE_PROGRESS_BYTES_MIN:
             self._stall_since = now
-            self._stall_mark = taken
+            self._stall_mark = read_bytes
             return False
         return now - self._stall_since >= self._server.limits.write_stall_seconds_max

@@ -168,9 +168,9 @@ class ChunkedDecoder:
         end = len(data)
         while position < end and self._at is not _At.DONE:
             if self._at is _At.DATA:
-                taken = min(self._size, end - position)
-                self._take(data[position : position + taken])
-                position += taken
+                count = min(self._size, end - position)
+                self._take(data[position : position + count])
+                position += count
                 continue
             byte = data[position]
             position += 1

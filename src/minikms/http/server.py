@@ -170,12 +170,12 @@ class HttpServer(Generic[S]):
         self._forget_unused(group)
 
     def _session(self, connection: ServerConnection[S], transport: asyncio.Transport) -> S | Refusal | None:
-        given = transport.get_extra_info("socket"), transport.get_extra_info("ssl_object"), connection
-        session = self.app.open_session(*given)
+        arguments = transport.get_extra_info("socket"), transport.get_extra_info("ssl_object"), connection
+        session = self.app.open_session(*arguments)
         if isinstance(session, GroupFull):
             group = self._groups.get(session.group)
             if group is not None and any(each.give_place() for each in self._unused(group)):
-                session = self.app.open_session(*given)
+                session = self.app.open_session(*arguments)
         return TOO_MANY_CONNECTIONS if isinstance(session, GroupFull) else session
 
     def _unused(self, group: Group[S]) -> list[ServerConnection[S]]:

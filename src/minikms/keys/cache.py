@@ -83,15 +83,15 @@ class KeyCache(Generic[V]):
 
         `now_ns` is from the same monotonic clock as in `put`.
         """
-        gone = 0
+        count = 0
         while self._entries:
             key_id = next(iter(self._entries))
             if now_ns - self._entries[key_id].put_ns < self._age_ns_max:
                 break
             self.drop(key_id)
-            gone += 1
-        self.evictions += gone
-        return gone
+            count += 1
+        self.evictions += count
+        return count
 
     def clear(self) -> None:
         """Releases every value."""

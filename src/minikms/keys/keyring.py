@@ -384,7 +384,7 @@ def _keks_agree(body: Body) -> bool:
 def _slots_agree(body: Body) -> bool:
     ids = {slot.slot_id for slot in body.slots}
     names = {slot.fingerprint for slot in body.slots}
-    gone = {root.fingerprint for root in body.revoking}
+    revoked = {root.fingerprint for root in body.revoking}
     return (
         1 <= len(body.slots) <= SLOTS_MAX
         and len(ids) == len(names) == len(body.slots)
@@ -392,7 +392,7 @@ def _slots_agree(body: Body) -> bool:
         and 0 < body.key_version < VERSION_MAX
         and len(body.revoking) <= RETIRED_ROOTS_MAX
         and all(0 < root.kek_version <= VERSION_MAX for root in body.revoking)
-        and all(_slot_agrees(slot) and slot.fingerprint not in gone for slot in body.slots)
+        and all(_slot_agrees(slot) and slot.fingerprint not in revoked for slot in body.slots)
         and all(slot.replaces in ids for slot in body.slots if slot.replaces)
     )
 
@@ -474,8 +474,8 @@ def with_audit_key(body: Body, member_id: str, key: AuditKeyEntry, *, in_use: in
     """The body with a key, made under its keyring key, for all further lines of a member's log. Those above version
     `in_use` go: the log went on without them. `confirmed` comes next. The epoch stays.
     """
-    kept = (former for former in body.audit_of(member_id).audit_keys if former.version <= in_use)
-    body = with_audit(body, member_id, audit_keys=(*kept, key))
+    former_keys = (former for former in body.audit_of(member_id).audit_keys if former.version <= in_use)
+    body = with_audit(body, member_id, audit_keys=(*former_keys, key))
     return _with_member(body, member_id, key_version=body.key_version, unconfirmed=True)
 
 
@@ -497,8 +497,8 @@ def without_audit_keys(body: Body, member_id: str, *, before: int) -> Body:
     stays.
     """
     keys = body.audit_of(member_id).audit_keys
-    kept = tuple(key for key in keys if key.version >= before)
-    return with_audit(body, member_id, audit_keys=kept or keys[-1:])
+    newer = tuple(key for key in keys if key.version >= before)
+    return with_audit(body, member_id, audit_keys=newer or keys[-1:])
 
 
 def with_audit(body: Body, member_id: str, **changes: Any) -> Body:

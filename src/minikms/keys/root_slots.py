@@ -42,8 +42,8 @@ def check_is_new(body: Body, fingerprint: str) -> None:
     """Checks that the root key neither opens the keyring nor did so before. Raises ConflictError."""
     if (slot := body.slot_for(fingerprint)) is not None:
         raise ConflictError(f"this root key opens the keyring already, as slot {slot.slot_id}; give a fresh one")
-    gone = {old.fingerprint for old in body.retired_roots} | {old.fingerprint for old in body.revoking}
-    if fingerprint in gone:
+    former = {old.fingerprint for old in body.retired_roots} | {old.fingerprint for old in body.revoking}
+    if fingerprint in former:
         raise ConflictError("this root key was rotated away before; give a fresh one")
 
 
@@ -87,11 +87,11 @@ def taken_over(
     return next_epoch(body, at=at)
 
 
-def check_removes(body: Body, gone: Container[str], audit: AuditState) -> None:
+def check_removes(body: Body, slot_ids: Container[str], audit: AuditState) -> None:
     """Checks that these slots can be removed: a slot stays, and no bound is exceeded. `audit`: the state of the log
     that gets a fresh key. Raises ConflictError.
     """
-    count = sum(slot.slot_id in gone for slot in body.slots)
+    count = sum(slot.slot_id in slot_ids for slot in body.slots)
     if count == len(body.slots):
         raise LastRootError("the last root key can't be removed; add another one first")
     check_has_room(body, kek=True, slot=False)
@@ -133,7 +133,7 @@ def remove_slots(
     stay = {slot.slot_id for slot in resealed.slots}
     check_removes(body, {slot.slot_id for slot in body.slots} - stay, body.audit_of(member_id))
     needed = max(kek.version for kek in body.keks) + 1
-    gone = tuple(
+    removed = tuple(
         RevokingRoot(slot.slot_id, slot.fingerprint, slot.provider, at, needed, line_owed=bool(proved))
         for slot in body.slots
         if slot.slot_id not in stay
@@ -160,7 +160,7 @@ def remove_slots(
         members=members,
         tombstone_log=resealed.tombstone_log,
         rotation=rotation,
-        revoking=(*body.revoking, *gone),
+        revoking=(*body.revoking, *removed),
     )
     return next_epoch(with_audit_key(changed, member_id, audit_key), at=at)
 
@@ -204,7 +204,7 @@ def removed_by(body: Body, later: Body) -> tuple[RevokingRoot, ...]:
     needed = max(kek.version for kek in body.keks) + 1
     stay = {slot.fingerprint for slot in later.slots}
     slots = {slot.fingerprint: slot for slot in body.slots}
-    gone = {root.fingerprint: msgspec.structs.replace(root, kek_version=needed) for root in later.revoking}
+    revoked = {root.fingerprint: msgspec.structs.replace(root, kek_version=needed) for root in later.revoking}
     times = {old.fingerprint: old.rotated_at for old in later.retired_roots}
     for former in body.retired_roots:
         times.pop(former.fingerprint, None)
@@ -212,16 +212,16 @@ def removed_by(body: Body, later: Body) -> tuple[RevokingRoot, ...]:
         slot = slots.get(fingerprint)
         slot_id, provider = (UNKNOWN_SLOT_ID, "unknown") if slot is None else (slot.slot_id, slot.provider)
         at = times.get(fingerprint, later.updated_at)
-        gone.setdefault(fingerprint, RevokingRoot(slot_id, fingerprint, provider, at, needed))
-    return tuple(root for root in gone.values() if root.fingerprint not in stay)
+        revoked.setdefault(fingerprint, RevokingRoot(slot_id, fingerprint, provider, at, needed))
+    return tuple(root for root in revoked.values() if root.fingerprint not in stay)
 
 
 def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditKeyEntry) -> Body:
     """The body of a restored keyring with the root keys of `later`, a later state of it. `resealed` has the slots of
     `later`. `audit_key`: the key of the new log. The epoch stays, and the former audit keys as far as there is room.
     """
-    gone = (*removed_by(body, later), *body.revoking)
-    unique = tuple({root.fingerprint: root for root in reversed(gone)}.values())
+    revoked = (*removed_by(body, later), *body.revoking)
+    unique = tuple({root.fingerprint: root for root in reversed(revoked)}.values())
     stay = {slot.fingerprint for slot in later.slots}
     former = {slot.slot_id: slot.fingerprint for slot in body.slots}
     rotation = body.rotation
@@ -251,11 +251,13 @@ def replaced_by(body: Body, slot_id: str) -> frozenset[str]:
     by_id = {slot.slot_id: slot for slot in body.slots}
     if slot_id not in by_id:
         return frozenset()
-    gone: set[str] = set()
+    removed_ids: set[str] = set()
     left = {by_id[slot_id].replaces} & by_id.keys()
     while left:
-        gone |= left
+        removed_ids |= left
         named = {by_id[one].replaces for one in left}
-        rivals = {slot.slot_id for slot in body.slots if slot.replaces in gone and order[slot.slot_id] < order[slot_id]}
-        left = ((named & by_id.keys()) | rivals) - gone - {slot_id}
-    return frozenset(gone)
+        rivals = {
+            slot.slot_id for slot in body.slots if slot.replaces in removed_ids and order[slot.slot_id] < order[slot_id]
+        }
+        left = ((named & by_id.keys()) | rivals) - removed_ids - {slot_id}
+    return frozenset(removed_ids)

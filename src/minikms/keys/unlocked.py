@@ -234,10 +234,10 @@ class UnlockedKeyring:
     def _open_keyring_key(self, root: memoryview, data: bytes) -> keyring.RootSlot:
         """Opens the keyring key in a keyring file, and authenticates the file. Returns the slot that `root` opens."""
         body, body_bytes, tag = keyring.parse_file(data)
-        given = roots.fingerprint(root)
-        slot = body.slot_for(given)
+        fingerprint = roots.fingerprint(root)
+        slot = body.slot_for(fingerprint)
         if slot is None:
-            raise UnknownRootError(wrong_root_text(body, given))
+            raise UnknownRootError(wrong_root_text(body, fingerprint))
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise UnknownRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
         try:
@@ -551,18 +551,18 @@ class UnlockedKeyring:
         self._audit.clear()
 
 
-def wrong_root_text(body: keyring.Body, given: str) -> str:
+def wrong_root_text(body: keyring.Body, candidate: str) -> str:
     """The error text for a root key that does not open this keyring: the reason, and what to do."""
     expected = " or ".join(slot.fingerprint for slot in body.slots)
-    gone = [(old.fingerprint, old.rotated_at) for old in body.retired_roots]
-    gone += [(old.fingerprint, old.removed_at) for old in body.revoking]
-    for fingerprint, at in gone:
-        if fingerprint == given:
+    former = [(old.fingerprint, old.rotated_at) for old in body.retired_roots]
+    former += [(old.fingerprint, old.removed_at) for old in body.revoking]
+    for fingerprint, at in former:
+        if fingerprint == candidate:
             return (
-                f"the root key {given} was removed or rotated away on {at}; this keyring opens under {expected}. "
+                f"the root key {candidate} was removed or rotated away on {at}; this keyring opens under {expected}. "
                 "Give one of these with --master-key-file or --root"
             )
     return (
-        f"wrong root key: this keyring opens under {expected}, the given one is {given}. "
+        f"wrong root key: this keyring opens under {expected}, the given one is {candidate}. "
         "Nothing was changed; give the file of the right key with --master-key-file"
     )

@@ -195,6 +195,6 @@ def _more_grants(question: _Question) -> Iterator[str]:
 
 
 def _limits(limits: GrantLimits, whose: str) -> Iterator[str]:
-    given = ", ".join(f"{name} = {value}" for name, value in asdict(limits).items() if value is not None)
-    if given:
-        yield f"{whose}: {given}"
+    limit_texts = ", ".join(f"{name} = {value}" for name, value in asdict(limits).items() if value is not None)
+    if limit_texts:
+        yield f"{whose}: {limit_texts}"

@@ -317,22 +317,22 @@ class Meters:
             if name is not None:
                 raise item.exceeded(name, SOON_S)
             self._check_hourly(item, now_ns)
-        taken: Taken = {}
+        charges: Taken = {}
         for item in items:
             entered.take(item.account, item.limits, now_ns)
             for kind, bucket, limit, uses in item.hourly():
                 bucket.take(uses, limit, now_ns)
-                taken[BucketKey(*item.key, kind)] = bucket
+                charges[BucketKey(*item.key, kind)] = bucket
         entered.give_back_others({item.account for item in items})
-        return taken if self._is_beyond(taken) else {}
+        return charges if self._is_beyond(charges) else {}
 
     # --- the file ----------------------------------------------------------------------------------------------------
 
-    async def reserve(self, taken: Taken) -> None:
+    async def reserve(self, charges: Taken) -> None:
         """Returns when a durable file gives no more than these buckets hold. One write serves all who wait for it.
         Raises StorageUnavailableError.
         """
-        while self._is_beyond(taken):
+        while self._is_beyond(charges):
             if self._keeping is None:
                 self._keeping = asyncio.ensure_future(self._keep_reserved())
             error = await asyncio.shield(self._keeping)
@@ -346,25 +346,25 @@ class Meters:
         if self._keeping is None and self._kept != self._left(RESERVED_NS):
             self._keeping = asyncio.ensure_future(self._keep_reserved())
 
-    def _is_beyond(self, taken: Taken) -> bool:
+    def _is_beyond(self, charges: Taken) -> bool:
         """Whether the file may give more than one of these buckets holds."""
         now_ns = self._now_ns()
-        return any(bucket.filled_ns(now_ns) < self._kept.of(key) for key, bucket in taken.items())
+        return any(bucket.filled_ns(now_ns) < self._kept.of(key) for key, bucket in charges.items())
 
     async def _keep_reserved(self) -> StorageUnavailableError | None:
-        kept = self._left(RESERVED_NS)
-        content = kept.encode()
+        saved = self._left(RESERVED_NS)
+        content = saved.encode()
         if len(content) > SAVED_BYTES_MAX:
-            kept = _Kept(0, {})
-            content = kept.encode()
-        self._kept = self._kept.or_more(kept)  # it may be on the disk before this knows, or after an error
+            saved = _Kept(0, {})
+            content = saved.encode()
+        self._kept = self._kept.or_more(saved)  # it may be on the disk before this knows, or after an error
         try:
             await self._keep(content)
         except StorageUnavailableError as error:
             return error.with_traceback(None)
         finally:
             self._keeping = None
-        self._kept = kept
+        self._kept = saved
         return None
 
     def save(self) -> bytes:

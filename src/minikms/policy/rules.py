@@ -350,13 +350,13 @@ def _texts(
 
 
 def _limits(label: str, table: Mapping[str, object], member: str) -> GrantLimits:
-    given = table.get(member, {})
-    if not isinstance(given, dict):
+    table_values = table.get(member, {})
+    if not isinstance(table_values, dict):
         raise PolicyFileError(f"{label}: {member} is a table, such as {member} = {{ decrypts_per_hour = 500000 }}")
-    _only_known(f"{label}, {member}", given, LIMITS_MAX)
+    _only_known(f"{label}, {member}", table_values, LIMITS_MAX)
     values: dict[str, int] = {}
     for name, largest in LIMITS_MAX.items():
-        value = given.get(name)
+        value = table_values.get(name)
         if value is None:
             continue
         if type(value) is not int or not 1 <= value <= largest:

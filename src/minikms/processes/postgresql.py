@@ -139,26 +139,26 @@ class Database:
         """A connection to the node that takes writes. Raises one of FAILURES."""
         tasks = {asyncio.create_task(self._open(place, settings)): place for place in self._places}
         pending: set[asyncio.Task[NodeConnection]] = set(tasks)
-        made: list[tuple[NodeConnection, HostPort]] = []
+        connections: list[tuple[NodeConnection, HostPort]] = []
         failure: BaseException | None = None
         try:
             while pending:
-                timeout = LATER_NODE_S if made else None
+                timeout = LATER_NODE_S if connections else None
                 done, pending = await asyncio.wait(pending, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     break
                 for task in done:
                     if task.exception() is None:
-                        made.append((task.result(), tasks[task]))
+                        connections.append((task.result(), tasks[task]))
                     elif not isinstance(failure, REFUSALS):
                         failure = task.exception()
-            if not made:
+            if not connections:
                 raise failure if isinstance(failure, FAILURES) else ConnectionError("no host was reached") from failure
-            made.sort(key=lambda one: (int(one[0].node.partition(" ")[0] or "0", 16), one[0].node == self.node))
-            connection, self._place = made.pop()
+            connections.sort(key=lambda one: (int(one[0].node.partition(" ")[0] or "0", 16), one[0].node == self.node))
+            connection, self._place = connections.pop()
             return connection
         finally:
-            for other, _ in made:
+            for other, _ in connections:
                 other.terminate()
             for task in pending:
                 task.add_done_callback(_terminate)

@@ -58,7 +58,7 @@ def new_shares(
     shares.check_counts(threshold, count)
     set_id = secrets.token_hex(8)
     with contextlib.ExitStack() as cleaning:
-        made = [
+        new = [
             Share(ShareInfo(keyring_id, set_id, number, threshold), cleaning.enter_context(arena.allocate()))
             for number in range(1, count + 1)
         ]
@@ -66,18 +66,18 @@ def new_shares(
             coefficients = [drawing.enter_context(arena.allocate()).view for _ in range(threshold - 1)]
             for coefficient in coefficients:
                 fill_random(coefficient)
-            shares.split(root, coefficients, {share.info.number: share.slot.view for share in made})
+            shares.split(root, coefficients, {share.info.number: share.slot.view for share in new})
         for first in range(count - threshold + 1):
-            chosen = {share.info.number: share.slot.view for share in made[first : first + threshold]}
+            chosen = {share.info.number: share.slot.view for share in new[first : first + threshold]}
             if not recombine(chosen, root, arena):
                 raise StartError("the shares do not give the root key again: this machine computes wrongly")
-        yield made
+        yield new
 
 
-def recombine(given: dict[int, memoryview], root: memoryview, arena: SecretArena) -> bool:
+def recombine(shares_by_number: dict[int, memoryview], root: memoryview, arena: SecretArena) -> bool:
     """Whether these shares, by their numbers, give `root`."""
     with arena.allocate() as recombined:
-        shares.combine(given, recombined.view)
+        shares.combine(shares_by_number, recombined.view)
         return hmac.compare_digest(recombined.view, root)
 
 

@@ -102,13 +102,13 @@ class Messages:
         return self._create_once(new, idempotency, request_id)
 
     async def _create_once(self, new: NewMessage, idempotency: Idempotency, request_id: str | None) -> Message:
-        asked = {name: getattr(new, name) for name in new.__struct_fields__ if name != "as_member"}
-        ticket = Ticket(idempotency, ["message", asked])
+        fields = {name: getattr(new, name) for name in new.__struct_fields__ if name != "as_member"}
+        ticket = Ticket(idempotency, ["message", fields])
         async with self._locks.hold(ticket.key):
-            made, message = await self._retries.once(ticket, lambda: self._create(new, ticket, request_id))
+            message_id, message = await self._retries.once(ticket, lambda: self._create(new, ticket, request_id))
             if message is not None:
                 return message
-            thread, place = await self._reading.locate(made, None)
+            thread, place = await self._reading.locate(message_id, None)
             if new.as_member:
                 await self._members.check_member(thread, new.author, Act.READ)
             async with self._reading.open_version(thread, place.first, place.first) as version:

@@ -98,8 +98,8 @@ class Purging:
     def records(self, thread_id: str, entries: Collection[tuple[bytes, bytes]]) -> OpaqueWrite:
         """The removal of messages, given as storage keys with their bytes, and of the entries that lead to them. Raises
         RecordUnreadableError."""
-        gone = {key: None for one in entries for key in _entries(thread_id, *one)}
-        return Write(list(gone.items()), (_closed(thread_id),), messages=-len(entries))
+        removals = {key: None for one in entries for key in _entries(thread_id, *one)}
+        return Write(list(removals.items()), (_closed(thread_id),), messages=-len(entries))
 
     async def thread(self, thread_id: str) -> OpaqueWrite:
         """The removal of the rest: the newest record, the metadata, and what names the thread. Raises
@@ -112,12 +112,12 @@ class Purging:
             entry = keyspace.creation(Stamp.parse(header.created), thread_id)
         except (record.RecordFormatError, ValueError):
             raise RecordUnreadableError(f"the metadata of thread {thread_id} is malformed") from None
-        gone = [keys[0], keyspace.closed_key(thread_id), keyspace.key_map(thread_id), keyspace.room(thread_id)]
-        gone += [keyspace.CREATED + entry, keyspace.author_threads(header.author) + entry]
+        removals = [keys[0], keyspace.closed_key(thread_id), keyspace.key_map(thread_id), keyspace.room(thread_id)]
+        removals += [keyspace.CREATED + entry, keyspace.author_threads(header.author) + entry]
         if last:
-            gone += _entries(thread_id, last, values.get(last, b""))
+            removals += _entries(thread_id, last, values.get(last, b""))
         expect = (*values.items(), _closed(thread_id))
-        return Write([(key, None) for key in gone], expect, threads=-1, messages=1 - len(values))
+        return Write([(key, None) for key in removals], expect, threads=-1, messages=1 - len(values))
 
     def forget(self, thread_id: str) -> None:
         self._sealer.forget(thread_id)

@@ -507,11 +507,12 @@ class Reading:
         entries = entries[:limit]
         places = [_place(key, value) for key, value in entries]
         stamps = [(place.latest, place.first) for place in places]
-        shown, all_shown = await self._show(thread_id, stamps, opened)
+        versions, all_shown = await self._show(thread_id, stamps, opened)
         if not after:
-            shown.reverse()
+            versions.reverse()
         return [
-            version._replace(versions=await self._count_versions(version.message.id, versions_max)) for version in shown
+            version._replace(versions=await self._count_versions(version.message.id, versions_max))
+            for version in versions
         ], more or not all_shown
 
     async def version_page(
@@ -523,9 +524,9 @@ class Reading:
         prefix = keyspace.versions(message_id)
         newest = await self._reads.keys(prefix, keyspace.after(prefix), limit=limit + 1, reverse=True)
         stamps = [(key[len(prefix) :], place.first) for key in newest[:limit]]
-        shown, all_shown = await self._show(thread, stamps, opened)
-        shown.reverse()
-        return shown, len(newest) > limit or not all_shown
+        versions, all_shown = await self._show(thread, stamps, opened)
+        versions.reverse()
+        return versions, len(newest) > limit or not all_shown
 
     async def _show(
         self, thread: str, stamps: Sequence[tuple[bytes, bytes]], opened: bool
@@ -605,8 +606,8 @@ def _latest(thread: str, loaded: LoadedVersion, answers: Mapping[bytes, bytes | 
         except record.RecordFormatError:
             return _listed(thread, loaded, NotOpened(own.key, RECORD_MALFORMED))
     opened = _opened(own, thread, first, answer)
-    shown = None if content is None else _opened(content, thread, first, answers.get(content.key))
-    return _listed(thread, loaded, _version(loaded, opened, shown))
+    version = None if content is None else _opened(content, thread, first, answers.get(content.key))
+    return _listed(thread, loaded, _version(loaded, opened, version))
 
 
 def _listed(thread: str, loaded: LoadedVersion, version: OpenedVersion | NotOpened) -> Message:

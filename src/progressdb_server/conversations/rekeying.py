@@ -190,7 +190,7 @@ class Rekeying:
         """Records with their new sealed parts, which are under `key_id`; the old bytes are kept for the job. The
         condition fails if a record was changed since it was read at `read_at`."""
         puts: list[tuple[bytes, bytes | None]] = []
-        kept = keyspace.replaced_records(job_id)
+        prefix = keyspace.replaced_records(job_id)
         renewed: dict[tuple[int, bytes], bytes] = {}  # most records of a thread have one of a few headers
         for row, sealed in moved:
             form = row.raw[0]
@@ -199,7 +199,7 @@ class Rekeying:
                 head = renewed[form, row.head] = record.rekey(form, row.head, key_id)
             puts.append((row.aad, head + sealed))
         # Two runs of ascending keys: the engine finds the place of each entry beside the one before it.
-        puts += [(kept + row.aad, row.raw) for row, _ in moved]
+        puts += [(prefix + row.aad, row.raw) for row, _ in moved]
         return Write(puts, read=[(row.aad, row.raw) for row, _ in moved], read_at=read_at)
 
     async def _count(self, lower: bytes, upper: bytes, count_max: int) -> AsyncIterator[int]:
@@ -218,12 +218,12 @@ class Rekeying:
 
     def kept_drop(self, job_id: str, dropped: Collection[KeptRecord]) -> OpaqueWrite:
         prefix = keyspace.replaced_records(job_id)
-        return Write([(prefix + kept.aad, None) for kept in dropped])
+        return Write([(prefix + backup.aad, None) for backup in dropped])
 
     async def restore_kept(self, job_id: str) -> Restored:
         """Put the kept records back, each only where the same version of its record is stored, or none, or a damaged
         one. What was put back until an error stays."""
-        restored = kept = 0
+        restored = unchanged = 0
         self._validators.forget()  # the records are under other keys from here on
         async for entries in self._kept(job_id):
             while True:
@@ -239,9 +239,9 @@ class Rekeying:
                 except ConditionFailedError:  # changed since it was read
                     continue
                 restored += len(wanted)
-                kept += len(entries) - len(wanted)
+                unchanged += len(entries) - len(wanted)
                 break
-        return Restored(restored, kept)
+        return Restored(restored, unchanged)
 
     async def _kept(self, job_id: str) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """Storage keys of records, with their kept bytes; each chunk is read when it is asked for."""

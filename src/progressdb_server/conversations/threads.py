@@ -210,11 +210,11 @@ class Threads:
         if ticket is None:
             return await make()
         async with self._locks.hold(ticket.key):
-            made, new = await self._retries.once(ticket, make)
+            thread_id, new = await self._retries.once(ticket, make)
             if new is not None:
                 return new
-            created_ts = (await self.get(made)).created_ts
-            return _new(made, author, title, created_ts)
+            created_ts = (await self.get(thread_id)).created_ts
+            return _new(thread_id, author, title, created_ts)
 
     async def make_thread(
         self,

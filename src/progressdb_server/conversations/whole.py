@@ -101,12 +101,12 @@ class Conversations:
         self.claims = Claims(engine, self.writer)
         self.sealer = Sealer(self.reads, self.writer, provider, self.clock, self.metrics)
         locks, retries = NamedLocks(), Retries(engine, self.writer, self.clock)
-        given = self.reads, self.writer, self.clock, self.sealer
-        self.threads = Threads(*given, locks=locks, retries=retries)
+        parts = self.reads, self.writer, self.clock, self.sealer
+        self.threads = Threads(*parts, locks=locks, retries=retries)
         self.members = Members(engine, self.writer, self.threads, locks, rule)
         self.reading = Reading(self.reads, self.sealer, Validators(remembers=engine.sole))
         self.messages = Messages(
-            *given, threads=self.threads, members=self.members, reading=self.reading, locks=locks, retries=retries
+            *parts, threads=self.threads, members=self.members, reading=self.reading, locks=locks, retries=retries
         )
         self.rekeying = Rekeying(self.reads, self.writer, self.sealer, self.claims, self.reading.validators)
         self.purging = Purging(self.reads, self.writer, self.sealer, self.threads, self.reading)

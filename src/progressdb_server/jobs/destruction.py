@@ -124,13 +124,13 @@ class KeyDestruction(Kind):
         """The census: counts messages, metadata and the backups of jobs that are under the keys."""
         left = await self._store.rekeying.count_under(job.thread, job.sources)
         for of_thread in await self._table.with_backups(job.thread):
-            kept = 0
+            count = 0
             async for chunk in self._store.rekeying.kept_records(of_thread):
-                kept += len(chunk)
+                count += len(chunk)
                 left += sum(one.key_id in job.sources for one in chunk)
                 await asyncio.sleep(0)
-            if kept != (made := (await self._table.get(of_thread)).backups):
-                return f"job {of_thread} has {made} backups, and {kept} are found"
+            if count != (backups := (await self._table.get(of_thread)).backups):
+                return f"job {of_thread} has {backups} backups, and {count} are found"
         return f"{left} records or backups are under it" if left else ""
 
     async def _after_every_backup(self) -> int:
@@ -156,8 +156,9 @@ class KeyDestruction(Kind):
 def _replaced_ns(sources: Collection[str], keys: Iterable[KeyAnswer]) -> float:
     """When the thread's next key was made, for the last of `sources`: its census must be later. 0 if all are destroyed,
     infinity if there is no next one."""
-    made = {key.key_id: created_ns(key) for key in keys}
-    later = [ns for key_id, ns in made.items() if key_id not in sources]
+    created = {key.key_id: created_ns(key) for key in keys}
+    later = [ns for key_id, ns in created.items() if key_id not in sources]
     return max(
-        (min((ns for ns in later if ns >= made[key]), default=math.inf) for key in sources if key in made), default=0
+        (min((ns for ns in later if ns >= created[key]), default=math.inf) for key in sources if key in created),
+        default=0,
     )

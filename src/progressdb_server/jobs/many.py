@@ -54,10 +54,10 @@ class RotationsOfMany(Kind):
         """Begin to rotate every thread whose key is due, with `Due()` every thread; returns the unfinished walk if it
         is the same one. Raises JobConflictError, TooManyJobsError, StoreUnavailableError."""
         self._rotation.check_destroys(destroy_after_s)
-        asked = {"rate": rate, "destroy_after_s": destroy_after_s}
-        asked |= {"older_than_s": due.age_s or 0, "kek_version": due.kek_version or 0}
-        job = await self._runner.add(self, ALL_THREADS, **asked)
-        if any(getattr(job, name) != value for name, value in asked.items()):
+        settings = {"rate": rate, "destroy_after_s": destroy_after_s}
+        settings |= {"older_than_s": due.age_s or 0, "kek_version": due.kek_version or 0}
+        job = await self._runner.add(self, ALL_THREADS, **settings)
+        if any(getattr(job, name) != value for name, value in settings.items()):
             raise JobConflictError(f"{job.id} rotates other threads, or in another way: wait for it, or cancel it")
         return job
 

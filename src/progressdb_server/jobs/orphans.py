@@ -92,22 +92,22 @@ class OrphanedKeys(Kind):
                 _log.warning("orphaned_keys_not_retired", reason=str(error))  # it would refuse again
         self.every_s = math.inf
 
-    async def find(self, asked: Page | None = None) -> AsyncIterator[list[KeyAnswer]]:
+    async def find(self, first_page: Page | None = None) -> AsyncIterator[list[KeyAnswer]]:
         """The orphans among each page of keys; all, or a page of them. Raises KmsError, StoreUnavailableError."""
         before = _rfc3339(self._now_s() - self._age_s)
-        left, pages = 0 if asked is None else asked.limit, 0
-        cursor = None if asked is None else asked.cursor or None
+        left, pages = 0 if first_page is None else first_page.limit, 0
+        cursor = None if first_page is None else first_page.cursor or None
         async for page in key_pages(self._provider, state="active", cursor=cursor):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys", RETRY_AFTER_S)
             # The thread's key is looked up first, so that a failing disk is noticed whatever the keys are.
             orphans = [key for key in page.keys if await self._is_orphan(key) and key.created_at < before]
-            if asked is not None:
+            if first_page is not None:
                 pages += 1
                 more, orphans = len(orphans) > left, orphans[:left]
                 left -= len(orphans)
                 if not left or pages == FOUND_PAGES_MAX:
-                    asked.following = page.next_cursor or "" if not more else orphans[-1].key_id if orphans else ""
+                    first_page.following = page.next_cursor or "" if not more else orphans[-1].key_id if orphans else ""
                     yield orphans
                     return
             yield orphans

@@ -228,11 +228,11 @@ class ThreadPurge(Kind):
             under = {one.key_id for one in chunk.records} - gone_keys
             await self._check_gone(under, *codes)
             gone_keys |= under
-            gone = [(one.aad, one.raw) for one in chunk.records if one.aad != last and purging.is_message(one.aad)]
-            await pace.take(len(gone))
-            if gone:
-                after = changed(row.job, done=row.job.done + len(gone))
-                row = await self._table.store(row, after, purging.records(thread, gone))
+            removals = [(one.aad, one.raw) for one in chunk.records if one.aad != last and purging.is_message(one.aad)]
+            await pace.take(len(removals))
+            if removals:
+                after = changed(row.job, done=row.job.done + len(removals))
+                row = await self._table.store(row, after, purging.records(thread, removals))
         async for step in purging.members(thread):
             row = await self._table.store(row, row.job, step)
         backups = [known.name async for page in self._store.backups.registered() for known in page]

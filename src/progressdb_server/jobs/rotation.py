@@ -448,12 +448,12 @@ class KeyRotation(Kind):
         return [_failure(row, refused) for row, refused in zip(records, outcomes, strict=True) if refused is not None]
 
     async def _finish(self, row: Row, verified: int, pace: Throttle) -> Row:
-        kept = 0
+        count = 0
         async for entries in self._store.rekeying.count_kept(row.job.id, _chunk_records(pace)):
-            kept += entries
+            count += entries
             await pace.take(SCAN_COST * entries)
-        if kept != row.job.backups:
-            raise JobFailedError(f"{row.job.backups} backups were made, {kept} are there")
+        if count != row.job.backups:
+            raise JobFailedError(f"{row.job.backups} backups were made, {count} are there")
         await self._retire_unused(row.job)
         job = row.job
         due_ns = self._table.now_ns() + job.destroy_after_s * 1_000_000_000 if job.destroy_after_s else 0

@@ -241,12 +241,12 @@ class JobTable:
         same writes. Returns the number of removed records. Raises StoreUnavailableError."""
         dropped = 0
         async for chunk in self._store.rekeying.kept_records(job_id):
-            gone = [kept for kept in chunk if under is None or kept.key_id in under]
-            if gone:
+            removals = [backup for backup in chunk if under is None or backup.key_id in under]
+            if removals:
                 row = await self.row(job_id)
-                left = changed(row.job, backups=max(0, row.job.backups - len(gone)))
-                await self.store(row, left, self._store.rekeying.kept_drop(job_id, gone))
-                dropped += len(gone)
+                left = changed(row.job, backups=max(0, row.job.backups - len(removals)))
+                await self.store(row, left, self._store.rekeying.kept_drop(job_id, removals))
+                dropped += len(removals)
             await asyncio.sleep(0)
         return dropped
 

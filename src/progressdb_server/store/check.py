@@ -139,8 +139,8 @@ class Checker:
                         else:
                             waiting[judging] = judging.send(answer)
                 answers = await self._answers(dict.fromkeys(waiting.values()))
-                ready = {judging: answers[asked] for judging, asked in waiting.items() if asked in answers}
-                waiting = {judging: asked for judging, asked in waiting.items() if asked not in answers}
+                ready = {judging: answers[lookup] for judging, lookup in waiting.items() if lookup in answers}
+                waiting = {judging: lookup for judging, lookup in waiting.items() if lookup not in answers}
         finally:
             for judging in begun:
                 judging.close()
@@ -155,17 +155,17 @@ class Checker:
                 return dict.fromkeys(lookups, error)
         answers: dict[_Lookup, _Answer] = {}
         size = 0
-        for asked in lookups:
-            answers |= await self._answers([asked])
-            size += len(answer) if isinstance(answer := answers[asked], bytes) else 0
+        for lookup in lookups:
+            answers |= await self._answers([lookup])
+            size += len(answer) if isinstance(answer := answers[lookup], bytes) else 0
             if size >= WALK_BYTES_MAX:
                 break
         return answers
 
     async def _answered(self, lookups: Collection[_Lookup]) -> dict[_Lookup, _Answer]:
-        prefixes = [asked for asked in lookups if asked.newest]
-        keys = [asked.key for asked in lookups if not asked.newest]
-        newest = await self._view.newest([asked.key for asked in prefixes])
+        prefixes = [lookup for lookup in lookups if lookup.newest]
+        keys = [lookup.key for lookup in lookups if not lookup.newest]
+        newest = await self._view.newest([lookup.key for lookup in prefixes])
         answers: dict[_Lookup, _Answer] = dict(zip(prefixes, newest, strict=True))
         values = await self._view.values(keys, bytes_max=WALK_BYTES_MAX)
         if sum(map(len, values.values())) >= WALK_BYTES_MAX:
@@ -486,15 +486,15 @@ async def repair_offline(
             raise
         damage = error
     provider = await _answering(provider)
-    kept: set[str] = set()
+    repaired: set[str] = set()
 
     async def prove(seen: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         proved = await _proved(provider, seen)
-        kept.update(_shown(key) for key, _ in proved)
+        repaired.update(_shown(key) for key, _ in proved)
         return proved
 
     lost: list[Lost] = await salvage.rebuild(place, prove)
-    dropped = [problem for problem in _named(lost, damage) if problem.key not in kept]
+    dropped = [problem for problem in _named(lost, damage) if problem.key not in repaired]
     return dropped, await _repaired(place)
 
 

@@ -76,16 +76,16 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
         raise FormatError("source and target are the same")
     async with places.alone(source) as old, places.open_copy(target, source) as new:
         counted = await _counters(old)
-        sent, changed, newest = await _bring(old, new, lambda done: progress(done, counted.messages))
+        count, changed, newest = await _bring(old, new, lambda done: progress(done, counted.messages))
         counted = Counters.of(counted.threads, counted.messages, max(counted.last, newest))
         digest = await _digest(new)
-        if digest != sent:
+        if digest != count:
             changed += await _remove_others(old, new)
             digest = await _digest(new)
         await new.put([(keyspace.STATE, msgspec.msgpack.encode(counted))])
-        if digest != sent:
-            raise CopyError(f"the copy has {digest.count:,} entries that differ from the {sent.count:,} of the source")
-    return Copied(sent.count, sent.text, changed, counted)
+        if digest != count:
+            raise CopyError(f"the copy has {digest.count:,} entries that differ from the {count.count:,} of the source")
+    return Copied(count.count, count.text, changed, counted)
 
 
 async def _counters(old: View) -> Counters:
@@ -128,10 +128,10 @@ async def _remove_others(old: Entries, new: Entries) -> int:
     async for page in new.walk():
         keys = [key for key, _ in page if _is_copied(key)]
         there = await old.values(keys)
-        gone: list[tuple[bytes, None]] = [(key, None) for key in keys if key not in there]
-        if gone:
-            await new.put(gone)
-            removed += len(gone)
+        removals: list[tuple[bytes, None]] = [(key, None) for key in keys if key not in there]
+        if removals:
+            await new.put(removals)
+            removed += len(removals)
     return removed
 
 

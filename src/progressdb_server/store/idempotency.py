@@ -82,8 +82,8 @@ class Ticket:
         """The condition of the write that is made once: nobody else has made it since `recall`."""
         return self.key, self._found
 
-    def put(self, made: str, now_ns: int) -> tuple[bytes, bytes]:
-        return self.key, msgspec.msgpack.encode(IdempotencyRecord(made, self._request, now_ns))
+    def put(self, object_id: str, now_ns: int) -> tuple[bytes, bytes]:
+        return self.key, msgspec.msgpack.encode(IdempotencyRecord(object_id, self._request, now_ns))
 
 
 class Retries:
@@ -100,11 +100,11 @@ class Retries:
         unknown, or another server is making the same, it is looked up again, and made if it is not there. The caller
         holds the lock of the ticket."""
         for again in (True, True, False):
-            made = await ticket.recall(self._reads, self._clock.now_ns())
+            object_id = await ticket.recall(self._reads, self._clock.now_ns())
             try:
-                if made is not None:  # what is answered must be durable, and on the node that answers
+                if object_id is not None:  # what is answered must be durable, and on the node that answers
                     await self._writer.commit(Write((), (ticket.condition,)))
-                    return made, None
+                    return object_id, None
                 return "", await create()
             except OutcomeUnknownError:
                 if self._sole or not again:

@@ -137,10 +137,10 @@ class _Queue:
         return len(self._writes) >= GROUP_WRITES_MAX or self._bytes >= GROUP_BYTES_MAX
 
     def take_all(self) -> list[PendingWrite]:
-        taken = list(self._writes)
+        writes = list(self._writes)
         self._writes.clear()
         self._bytes = 0
-        return taken
+        return writes
 
     def take_group(self) -> list[PendingWrite]:
         """The first ones, as many as a group may have."""

@@ -118,7 +118,7 @@ class PostgresEntries(PostgresReads):
 
     async def put(self, puts: Iterable[tuple[bytes, bytes | None]]) -> None:
         values: list[tuple[bytes, bytes, bytes]] = []
-        gone: list[tuple[bytes, bytes]] = []
+        removals: list[tuple[bytes, bytes]] = []
         heads: dict[bytes, bytes] = {}
         mended: dict[bytes, bytes] = {}
         for key, value in dict(puts).items():
@@ -127,7 +127,7 @@ class PostgresEntries(PostgresReads):
                 await self.fetch("DELETE FROM store_counter")
                 await self.fetch("INSERT INTO store_counter VALUES (0, $1, $2)", state.threads, state.messages)
             elif value is None:
-                gone.append((tkey(key), key))
+                removals.append((tkey(key), key))
             elif key.startswith(keyspace.HEADS):
                 mended[tkey(keyspace.THREAD + key[len(keyspace.HEADS) :])] = value
             else:
@@ -137,8 +137,8 @@ class PostgresEntries(PostgresReads):
                     heads.setdefault(place, b"")
                 elif key.startswith(keyspace.THREAD) and keyspace.is_version(key):
                     heads[place] = max(heads.get(place, b""), key[-keyspace.STAMP_BYTES :])
-        if gone:
-            await self.fetch(DELETE, *zip(*gone, strict=True))
+        if removals:
+            await self.fetch(DELETE, *zip(*removals, strict=True))
         if values:
             await self.fetch(_PUT, *zip(*values, strict=True))
         if heads:

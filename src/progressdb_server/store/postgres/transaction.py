@@ -91,8 +91,8 @@ async def write_group(
     failed |= refused
     await _put(connection, staged, fresh | {key for key in expected if key not in values})
     # A new thread has a head, although nothing may be in it yet.
-    made = {tkey(key) for key, value in staged.items() if key.startswith(keyspace.MAP) and value is not None}
-    advanced = {place: b"" for place in map(tkey, staged) if place in heads or place in made}
+    new_threads = {tkey(key) for key, value in staged.items() if key.startswith(keyspace.MAP) and value is not None}
+    advanced = {place: b"" for place in map(tkey, staged) if place in heads or place in new_threads}
     for pending in rest:
         if pending not in refused:
             for thread, stamp in stamps[pending].values():
@@ -143,7 +143,7 @@ async def _put(connection: NodeConnection, staged: Puts, fresh: set[bytes]) -> N
     """Entries that nobody has are inserted, the others are replaced. Raises AgainError for one of `fresh` that
     somebody else has inserted, or one that somebody else has deleted."""
     values = sorted((tkey(key), key, value) for key, value in staged.items() if value is not None)
-    gone = sorted((tkey(key), key) for key, value in staged.items() if value is None)
+    removals = sorted((tkey(key), key) for key, value in staged.items() if value is None)
     if values:
         inserted = await connection.fetch(
             "INSERT INTO store_entry SELECT * FROM unnest($1::bytea[], $2::bytea[], $3::bytea[])"
@@ -163,8 +163,8 @@ async def _put(connection: NodeConnection, staged: Puts, fresh: set[bytes]) -> N
             )
             if len(replaced) < len(there):
                 raise AgainError
-    if gone:
-        await connection.execute(DELETE, *zip(*gone, strict=True))
+    if removals:
+        await connection.execute(DELETE, *zip(*removals, strict=True))
 
 
 async def _advance(connection: NodeConnection, heads: Mapping[bytes, bytes], advanced: Mapping[bytes, bytes]) -> None:
@@ -178,10 +178,10 @@ async def _advance(connection: NodeConnection, heads: Mapping[bytes, bytes], adv
             *zip(*old, strict=True),
         )
     if new:
-        made = await connection.fetch(
+        rows = await connection.fetch(
             "INSERT INTO store_head (tkey, last) SELECT * FROM unnest($1::bytea[], $2::bytea[])"
             " ON CONFLICT (tkey) DO NOTHING RETURNING tkey",
             *zip(*new, strict=True),
         )
-        if len(made) < len(new):
+        if len(rows) < len(new):
             raise AgainError

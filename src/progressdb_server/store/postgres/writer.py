@@ -175,8 +175,8 @@ class _Usual(NamedTuple):
                 fresh.add(key)
         places = {key: tkey(key) for key in (*relied, *staged)}
         changed = {places[key] for key in staged if is_thread(places[key])}
-        made = {places[key] for key in staged if key.startswith(keyspace.MAP) and relied.get(key, b"") is None}
-        locked = sorted({place for place in places.values() if is_thread(place)} - made)
+        new_threads = {places[key] for key in staged if key.startswith(keyspace.MAP) and relied.get(key, b"") is None}
+        locked = sorted({place for place in places.values() if is_thread(place)} - new_threads)
         lone: list[tuple[bytes, bytes, bytes]] = []
         present: list[tuple[bytes, bytes, bytes]] = []
         absent: list[tuple[bytes, bytes]] = []
@@ -188,7 +188,7 @@ class _Usual(NamedTuple):
                 absent.append((places[key], key))
             elif staged.get(key) is None:
                 return None
-        old = sorted(changed - made)
+        old = sorted(changed - new_threads)
         puts = sorted((places[key], key, value) for key, value in staged.items() if value is not None)
         arguments = (
             locked,
@@ -198,8 +198,8 @@ class _Usual(NamedTuple):
             old,
             [min(stamps.get(thread, (_NEVER,))) for thread in old],
             [max(stamps.get(thread, (b"",))) for thread in old],
-            sorted(made),
-            [max(stamps.get(thread, (b"",))) for thread in sorted(made)],
+            sorted(new_threads),
+            [max(stamps.get(thread, (b"",))) for thread in sorted(new_threads)],
             *_columns(3, [put for put in puts if put[1] in fresh]),
             *_columns(3, [put for put in puts if put[1] not in fresh]),
             *_columns(2, sorted((places[key], key) for key, value in staged.items() if value is None)),

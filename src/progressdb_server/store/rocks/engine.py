@@ -203,36 +203,36 @@ class RocksRead:
     ) -> list[tuple[bytes, bytes]]:
         if reverse:
             entries = self._db.items(backwards=True, from_key=upper)
-            taken = list(islice(takewhile(lambda entry: entry[0] >= lower, entries), limit + 1))
-            if taken and taken[0][0] == upper:
-                del taken[0]
-            if len(taken) < limit:
-                self._check_empty(lower, taken[-1][0] if taken else upper, reverse=True)
-            return taken[:limit]
+            page = list(islice(takewhile(lambda entry: entry[0] >= lower, entries), limit + 1))
+            if page and page[0][0] == upper:
+                del page[0]
+            if len(page) < limit:
+                self._check_empty(lower, page[-1][0] if page else upper, reverse=True)
+            return page[:limit]
         entries = islice(self._db.items(from_key=lower, read_opt=up_to(upper, cached=bytes_max is None)), limit)
         full = False
         if bytes_max is None:
-            taken = list(entries)
+            page = list(entries)
         else:
-            taken, full = _until(entries, bytes_max)
-        if len(taken) < limit and not full:
-            self._check_empty(next_key(taken[-1][0]) if taken else lower, upper)
-        return taken
+            page, full = _until(entries, bytes_max)
+        if len(page) < limit and not full:
+            self._check_empty(next_key(page[-1][0]) if page else lower, upper)
+        return page
 
     def _keys(self, lower: bytes, upper: bytes, limit: int, *, reverse: bool) -> list[bytes]:
-        taken: list[bytes]
+        page: list[bytes]
         if reverse:
             keys = self._db.keys(backwards=True, from_key=upper)
-            taken = list(islice(takewhile(lambda key: key >= lower, keys), limit + 1))
-            if taken and taken[0] == upper:
-                del taken[0]
-            if len(taken) < limit:
-                self._check_empty(lower, taken[-1] if taken else upper, reverse=True)
-            return taken[:limit]
-        taken = list(islice(self._db.keys(from_key=lower, read_opt=up_to(upper, cached=False)), limit))
-        if len(taken) < limit:
-            self._check_empty(next_key(taken[-1]) if taken else lower, upper)
-        return taken
+            page = list(islice(takewhile(lambda key: key >= lower, keys), limit + 1))
+            if page and page[0] == upper:
+                del page[0]
+            if len(page) < limit:
+                self._check_empty(lower, page[-1] if page else upper, reverse=True)
+            return page[:limit]
+        page = list(islice(self._db.keys(from_key=lower, read_opt=up_to(upper, cached=False)), limit))
+        if len(page) < limit:
+            self._check_empty(next_key(page[-1]) if page else lower, upper)
+        return page
 
     def _check_empty(self, lower: bytes, upper: bytes, *, reverse: bool = False) -> None:
         """Checks that nothing is stored in the part of a range that a scan has not given. This second look costs less

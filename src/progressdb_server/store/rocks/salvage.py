@@ -290,15 +290,15 @@ async def _fill(
     prove: Callable[[list[Entry]], Awaitable[list[Entry]]],
 ) -> None:
     async with open_copy(target, path) as entries:
-        kept = 0
+        count = 0
         async for page in view.walk():
-            kept += len(page)
+            count += len(page)
             await entries.put([entry for entry in page if entry[0] != keyspace.FORMAT])
         for lost in view.lost:
             proved = await prove(lost.seen)
-            kept += len(proved)
+            count += len(proved)
             await entries.put(proved)
-        if not kept:
+        if not count:
             raise StoreDamagedError("", path)
         await entries.put([(keyspace.backup(known.created_ns), msgspec.json.encode(known))])
 
