@@ -100,25 +100,37 @@ def status(*, config: Config = CONFIG, json: Json = False) -> int:
     """Show which member serves, and what all members have reported. Exit status: 0 one serves, 1 none does."""
     from minikms.commands.output import print_result
 
-    async def read(tables: Tables) -> tuple[Head, list[MemberReport]]:
-        return await tables.head(), await tables.members()
-
-    head, members = _with_tables(config, read)
+    head, members = _with_tables(config, _read)
     page = {
         "keyring_id": head.keyring_id, "member": head.member, "term": head.term, "number": head.number,
         "seals": head.seals, "wanted": head.wanted, "filled": not head.empty, "members": members,
     }  # fmt: skip
     print_result(page, _status_lines(head, members), json=json)
-    return EXIT_GOOD if head.member else EXIT_FAILED
+    return EXIT_FAILED if _unserved(head, members) else EXIT_GOOD
+
+
+@app.command
+def evidence(*, config: Config = CONFIG, json: Json = False) -> int:
+    """Show how many keys and tombstones the database has; --json names them, for `minikms replica evidence`."""
+    from minikms.commands.output import print_result
+    from minikms_replicator import fetching
+
+    shown = _with_tables(config, fetching.evidence)
+    keys = f"{len(shown.keys):,} and {len(shown.destroyed):,} destroyed"
+    print_result(shown, f"term {shown.term}, change {shown.number:,}, keys: {keys}", json=json)
+    return EXIT_GOOD
 
 
 @app.command
 def doctor(*, config: Config = CONFIG, json: Json = False) -> int:
-    """Check the database, the rights there, the daemon and the clock. Exit status: 0 all is well, 1 it is not."""
+    """Check the database, the rights there, the state of all hosts, and the clock; not the contents of the tables:
+    `evidence` has them. Exit status: 0 nothing is wrong there, 1 something is.
+    """
     from minikms.commands.output import print_result
 
     problems = _problems(config)
-    print_result({"problems": problems}, [f"WRONG: {each}" for each in problems] or "all is well", json=json)
+    page = [f"WRONG: {each}" for each in problems] or "nothing is wrong; the contents of the tables were not compared"
+    print_result({"problems": problems}, page, json=json)
     return EXIT_FAILED if problems else EXIT_GOOD
 
 
@@ -144,22 +156,48 @@ def _with_tables(config: Path, work: Callable[[Tables], Awaitable[T]]) -> T:
         return asyncio.run(run())
 
 
+async def _read(tables: Tables) -> tuple[Head, list[MemberReport]]:
+    return await tables.head(), await tables.members()
+
+
+def _unserved(head: Head, members: list[MemberReport]) -> str:
+    """Why no member serves; empty if one does."""
+    from minikms.api import MEMBER_SILENT_SECONDS
+
+    if head.empty:
+        return "no member has filled the tables, or they were emptied"
+    report = next((one for one in members if one.member_id == head.member), None)
+    if report is not None and report.seen_seconds <= MEMBER_SILENT_SECONDS:
+        return ""
+    return f"no member serves: {head.member} has the head and does not report" if head.member else "no member serves"
+
+
 def _problems(config: Path) -> list[str]:
     """Raises StartError for the configuration."""
-    from minikms.api import ASK_POSITION
+    from minikms.api import ASK_POSITION, MEMBER_SILENT_SECONDS
     from minikms.api.errors import ForbiddenError, KmsError, StartError
     from minikms.client import Client
     from minikms_replicator.config import Files
 
     found = Files(config).config()
     problems: list[str] = []
+    members: list[MemberReport] = []
     try:
         problems += _with_tables(config, lambda tables: tables.examine())
+        head, members = _with_tables(config, _read)
+        problems += [unserved] if (unserved := _unserved(head, members)) else []
     except StartError as error:
         problems.append(str(error))
     try:
         with Client(found.socket, server_uids=found.server_uids) as kms:
-            kms.replica_follow(ASK_POSITION)
+            position = kms.replica_follow(ASK_POSITION)
+        reports = {each.member_id: each for each in members} | {position.member_id: position.report}
+        for host in position.members or (position.member_id,):
+            report = reports.get(host)
+            if report is None or report.seen_seconds > MEMBER_SILENT_SECONDS:
+                problems.append(f"the host {host} does not report")
+            elif report.why or report.mode in ("sealed", "refused"):
+                problems.append(f"the host {report.name} is {report.mode}: {report.why}")
     except ForbiddenError:
         problems.append("the policy of the daemon grants this user no role `replicate`")
     except KmsError as error:
@@ -172,6 +210,8 @@ def _problems(config: Path) -> list[str]:
 def _status_lines(head: Head, members: list[MemberReport]) -> Iterator[str]:
     serves = head.member or "nobody"
     yield f"{serves} has the head in term {head.term}, change {head.number}" + ("" if not head.empty else ", empty")
+    if unserved := _unserved(head, members):
+        yield f"  {unserved}"
     if head.wanted:
         yield f"  {head.wanted} is to take over"
     for member in members:

@@ -1,19 +1,21 @@
 """Filling the data directory of a host that has joined, from the tables.
 
-Owns: which files the command `fetch` writes and in which order: key files, tombstones, last the keyring. Invariants:
+Owns: which files the command `fetch` writes and in which order: key files, tombstones, last the keyring; and which keys
+the tables have, for a person who compares them with a host's. Invariants:
 the directory is locked, belongs to a host that joins, and has no keyring yet, so an interrupted run changes nothing
 that is in use, and can be repeated; the daemon that starts there verifies what is written, not this module.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from typing import Final, NamedTuple
 
 from minikms import api
 from minikms.api.base64 import decode_canonical
 from minikms.api.errors import StartError
-from minikms.api.replica_verbs import ReplicaFile
+from minikms.api.replica_verbs import ReplicaEvidence, ReplicaFile
 from minikms.platform.directory_lock import DataDirLock, make_private_directory
 from minikms.platform.files import (
     FileWrite,
@@ -34,6 +36,8 @@ DEKS: Final = "kms-deks"
 SUFFIX: Final = ".json"
 HEADER: Final = b"minikms-stones\0t" + (1).to_bytes(4, "big") + bytes(12)
 """Of the tombstone file (docs/spec/tombstones.md)."""
+KEY_BYTES: Final = 16
+"""Of the key, the first in a tombstone."""
 
 
 class Fetched(NamedTuple):
@@ -75,6 +79,21 @@ async def _fetch(tables: Tables, directory: int, deks: str) -> Fetched:
     replace_file_from(directory, TOMBSTONES, (HEADER, *records))
     replace_file(directory, KEYRING, keyring)
     return Fetched(head.number, len(written), sum(map(len, records)) // RECORD_BYTES)
+
+
+async def evidence(tables: Tables) -> ReplicaEvidence:
+    """What the tables have, from one snapshot. Raises TablesError, one of FAILURES."""
+    keys: dict[str, str] = {}
+    destroyed: list[str] = []
+    async with tables.snapshot():
+        head = await tables.head()
+        async for part in tables.parts(-1, 0):
+            for file in part.files:
+                content = decode_canonical(file.content, CONTENT_BYTES_MAX, "a key file")
+                keys[file.key_id] = hashlib.sha256(content).hexdigest()
+            stones = part.tombstones
+            destroyed += (stones[at : at + KEY_BYTES].hex() for at in range(0, len(stones), RECORD_BYTES))
+    return ReplicaEvidence(head.keyring_id, "", head.term, head.number, keys, destroyed)
 
 
 def _file(file: ReplicaFile) -> FileWrite:

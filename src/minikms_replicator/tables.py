@@ -74,12 +74,15 @@ GRANT INSERT, DELETE ON kms_tombstone TO {role};
 GRANT INSERT, UPDATE ON kms_member TO {role};
 REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC, {role};
 """
-RESET: Final = """
+RESET: Final = f"""
 TRUNCATE kms_file, kms_tombstone, kms_member;
-UPDATE kms_head SET keyring_id = '', term = term + 1, renewals = renewals + 1, number = 0, wanted = '', keyring = '',
+INSERT INTO kms_schema VALUES (0, {SCHEMA}) ON CONFLICT DO NOTHING;
+INSERT INTO kms_head AS head VALUES (0, '', 1, 'm0', 1, 0, 0, '', '', '') ON CONFLICT (id) DO UPDATE SET
+    keyring_id = '', term = head.term + 1, renewals = head.renewals + 1, number = 0, wanted = '', keyring = '',
     state = '';
 """
-"""The member stays: until its lease is over, no other one takes over. So do the seals."""
+"""The member stays: until its lease is over, no other one takes over; where the row is missing, nobody knows it, and
+`m0` is no member. The seals stay too."""
 
 _HEAD: Final = (
     f"SELECT left(keyring_id, {TEXT_CHARS_MAX}), term, left(member, {TEXT_CHARS_MAX}), renewals, number, seals,"
@@ -229,7 +232,9 @@ class Tables:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     async def head(self) -> Head:
-        return Head(*(await self._fetch(_HEAD))[0])
+        """A row that is missing is that of empty tables."""
+        rows = await self._fetch(_HEAD)
+        return Head(*rows[0]) if rows else Head("", 0, "", 0, 0, 0, "", b"", True)
 
     @asynccontextmanager
     async def snapshot(self) -> AsyncIterator[None]:
@@ -401,11 +406,14 @@ class Tables:
         return Lease._make((*row, asked_ns)) if row is not None else None
 
 
-async def check_schema(connection: NodeConnection) -> None:
+async def check_schema(connection: NodeConnection, *, resets: bool = False) -> None:
+    """`resets`: the row of the number may be missing."""
     if await connection.fetchval("SELECT to_regclass('kms_schema')") is None:
         raise TablesError("the database has no tables of a key service: run minikms-replicator init")
     number = await connection.fetchval("SELECT number FROM kms_schema")
-    if number != SCHEMA:
+    if number is None and not resets:
+        raise TablesError("the table kms_schema is empty: run minikms-replicator reset")
+    if number not in (SCHEMA, None):
         raise TablesError(f"the tables have number {number}, this version has {SCHEMA}: run the version that made them")
 
 
@@ -431,7 +439,7 @@ async def reset(url: str) -> None:
     """Empty the tables. Raises StartError."""
 
     async def work(connection: NodeConnection) -> None:
-        await check_schema(connection)
+        await check_schema(connection, resets=True)
         async with connection.transaction():
             await connection.execute(RESET)
 

@@ -46,7 +46,7 @@ OF_SEVERAL_HOSTS = (
     "Replace a host",
     "Move to other hosts",
     "The database of the key service is away",
-    "The database was restored from an older backup",
+    "The database differs from its hosts",
     "Go back to one host",
 )
 ELSEWHERE = {"A certificate has expired", "The SIEM is away", *OF_PROVIDERS, *OF_SEVERAL_HOSTS}

@@ -43,6 +43,11 @@ def test_a_second_host_serves_the_same_keys_when_the_first_is_lost(public: Path)
             kms.retire_key(kept)
             kms.destroy_key(kept)
         check_that_the_host_that_was_away_does_not_serve(hosts, a, b)
+        check_that_the_host_with_most_fills_the_database(hosts, a, b)
+        with b.client(wait_s=0) as kms, pytest.raises(StandbyError):
+            kms.list_keys()
+        with a.client() as kms, pytest.raises(KeyDestroyedError):
+            kms.decrypt(kept, sealed[kept], aad=b"a")
 
 
 def check_that_the_host_that_was_away_does_not_serve(hosts: KeyHosts, a: KeyHost, b: KeyHost) -> None:
@@ -56,3 +61,23 @@ def check_that_the_host_that_was_away_does_not_serve(hosts: KeyHosts, a: KeyHost
         kms.list_keys()
     said = forked.run("minikms", "replica", "status", *b.at)
     assert said.returncode == 1 and "which the host a reports" in said.stdout
+
+
+def check_that_the_host_with_most_fills_the_database(hosts: KeyHosts, a: KeyHost, b: KeyHost) -> None:
+    """The commands of the runbook, in its order; once more, at once on the host that serves."""
+    files = []
+    for name, words in (
+        ("a", ("minikms", "replica", "evidence", "--data-dir", a.data_dir)),
+        ("b", ("minikms", "replica", "evidence", "--data-dir", b.data_dir)),
+        ("database", ("minikms_replicator", "evidence", "--config", a.config)),
+    ):
+        files.append(hosts.directory / f"{name}.json")
+        files[-1].write_text(forked.run(*words, "--json").stdout)
+    compared = forked.run("minikms", "replica", "evidence", *files)
+    assert compared.returncode == 0 and "\nlacks nothing: a\n" in compared.stdout
+    assert len(re.findall("lacks the tombstones of k_", compared.stdout)) == 2
+    for _ in range(2):
+        a.run("reset", "--url", hosts.owner, "--yes", program="minikms_replicator")
+        a.run("replica", "promote", "--replace-database", "--wait", "60", "--yes", *a.at)
+        wait_until(lambda: (b.status().mode, b.status().number) == ("following", a.status().number))
+        assert a.status().mode == "serving"

@@ -251,6 +251,19 @@ class ReplicaInvitation(msgspec.Struct, frozen=True, forbid_unknown_fields=True)
     seals: int
 
 
+class ReplicaEvidence(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which keys a host has, or the database: `name` is empty then. `number`, `term`: of its last change. `keys`: the
+    SHA-256 of each key's file. `destroyed`: the 16 bytes of each destroyed key, hexadecimal.
+    """
+
+    keyring_id: str
+    name: str
+    term: int
+    number: int
+    keys: dict[str, str]
+    destroyed: list[str]
+
+
 INVITE_REPLICA: Final = Verb(
     "invite_replica",
     "POST",

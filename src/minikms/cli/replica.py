@@ -1,8 +1,9 @@
 """`minikms replica`: the hosts of a key service on several hosts.
 
-Owns: flags and output; the files of an invitation and of a request. Invariants: what a new host asks for is shown as
-the digest of its whole request, on its own screen and on that of the host that adds it; adding, removing, leaving and
-filling a database ask first. It must never say that a host serves before its daemon says so.
+Owns: flags and output; the files of an invitation and of a request; the comparison of the keys of hosts. Invariants:
+what a new host asks for is shown as the digest of its whole request, on its own screen and on that of the host that
+adds it; adding, removing, leaving and filling a database ask first. It must never say that a host serves before its
+daemon says so.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from textwrap import wrap
-from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, NamedTuple, TypeVar
 
 from cyclopts import App, Parameter
 
@@ -32,7 +34,7 @@ from minikms.cli.console import (
     daemon_client,
     needed_root,
 )
-from minikms.commands.output import confirm, duration, print_facts, print_json, print_result, print_table
+from minikms.commands.output import confirm, duration, name_list, print_facts, print_json, print_result, print_table
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -43,12 +45,17 @@ T = TypeVar("T")
 app = App(name="replica", help="The hosts of a key service on several hosts.", version_flags=[])
 
 FILE_BYTES_MAX: Final = 16 * 1024
+EVIDENCE_BYTES_MAX: Final = 1024 * 1024 * 1024
+"""More than ten million keys take."""
+DAMAGED: Final = "damaged"
+"""In the place of the SHA-256 of a file that can't be read."""
 DIGEST_GROUP_CHARS: Final = 4
 POLL_SECONDS: Final = 0.2
 PROMOTE_SECONDS: Final = 10.0
 STOPPED_MODES: Final = ("sealed", "refused")
 
 Name = Annotated[str, Parameter(name="--name", help="The name of this host in `minikms replica list`.")]
+EvidenceFile = Annotated[Path, Parameter(name="FILE", help="Of a host, or of the database.")]
 RequestFile = Annotated[Path, Parameter(help="The file that `minikms replica join` has made on the new host.")]
 
 
@@ -248,15 +255,24 @@ def promote(
     json: Json = False,
 ) -> int:
     """Let this host take over from the one that serves. Exit status: 0 it serves, 1 not yet, or refused."""
+    from minikms.api.errors import ConflictError
+
     with daemon_client(socket, server_uid) as kms:
         if replace_database:
             confirm(
-                "Fill an empty database with what this host has? Changes that only another host has are lost: do it on "
-                "the host with the most changes in `minikms replica status`.",
+                "Fill an empty database with what this host has? What only another host has is lost: "
+                "`minikms replica evidence` compares them.",
                 yes=yes,
             )
-        state = kms.promote_replica(replace_database=replace_database)
         until = time.monotonic() + wait
+        while True:
+            try:
+                state = kms.promote_replica(replace_database=replace_database)
+                break
+            except ConflictError:  # its lease has not ended yet
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(POLL_SECONDS)
         stopped = ("sealed",) if replace_database else STOPPED_MODES  # who has refused the database may fill it
         while state.mode != "serving" and state.mode not in stopped and time.monotonic() < until:
             time.sleep(POLL_SECONDS)
@@ -299,6 +315,114 @@ def status(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = 
         ]
         print_facts(facts)
     return EXIT_GOOD if works else EXIT_FAILED
+
+
+@app.command
+def evidence(*files: EvidenceFile, data_dir: DataDir = None, json: Json = False) -> int:
+    """Show how many keys and tombstones this host has; --json names them. With the files that this command and
+    `minikms-replicator evidence` wrote with --json on each host, show what each of them lacks.
+
+    Nothing authenticates the files. Exit status: 0 done, 1 each host lacks something, 2 something is missing.
+    """
+    from minikms import api
+
+    if not files:
+        shown = _evidence(chosen_data_dir(data_dir))
+        keys = f"{len(shown.keys):,} and {len(shown.destroyed):,} destroyed"
+        lines = f"{shown.name}: term {shown.term}, change {shown.number:,}, keys: {keys}"
+        print_result(shown, lines, json=json)
+        return EXIT_GOOD
+    holders = [_read(path, api.ReplicaEvidence, EVIDENCE_BYTES_MAX) for path in files]
+    if len({one.keyring_id for one in holders if one.keyring_id}) > 1:  # an empty database has none
+        raise CommandError("these files are of different key services")
+    rows = _compared(sorted(holders, key=lambda one: (one.term, one.number), reverse=True))
+    complete = [row.name for row in rows if row.is_complete]
+    if json:
+        print_json({"complete": complete, "holders": [row._asdict() for row in rows]})
+    else:
+        titles = ("", "term", "changes", "keys", "destroyed", "lacks keys", "lacks tombstones", "other contents")
+        cells = ((row.name or "(database)", *row[1:5], *map(len, row[5:])) for row in rows)
+        print_table(titles, cells, right=titles[1:])
+        for row in rows:
+            for what, ids in (("the keys", row.lacks_keys), ("the tombstones of", row.lacks_tombstones)):
+                if ids:
+                    print(f"{clean(row.name or 'the database')} lacks {what} {name_list(ids)}")
+        print(f"lacks nothing: {name_list(complete)}" if complete else "each host lacks something that another one has")
+    return EXIT_GOOD if complete else EXIT_FAILED
+
+
+class Compared(NamedTuple):
+    """What a host lacks of all that the others have; the database: `name` is empty. `other_contents`: the keys whose
+    files differ from those of the first host that lacks nothing.
+    """
+
+    name: str
+    term: int
+    number: int
+    keys: int
+    destroyed: int
+    lacks_keys: list[str]
+    lacks_tombstones: list[str]
+    other_contents: list[str]
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.name) and not self.lacks_keys and not self.lacks_tombstones
+
+
+def _compared(holders: Sequence[api.ReplicaEvidence]) -> list[Compared]:
+    from minikms.keys.dek import bytes_to_key_id
+
+    tombstones = [{bytes_to_key_id(bytes.fromhex(raw)) for raw in one.destroyed} for one in holders]
+    destroyed = set().union(*tombstones)
+    keys = {key_id for one in holders for key_id in one.keys} - destroyed
+    rows = [
+        Compared(
+            one.name, one.term, one.number, len(one.keys), len(stones),
+            sorted(keys - {key_id for key_id, digest in one.keys.items() if digest != DAMAGED}),
+            sorted(destroyed - stones), [],
+        )
+        for one, stones in zip(holders, tombstones, strict=True)
+    ]  # fmt: skip
+    first = next((one for one, row in zip(holders, rows, strict=True) if row.is_complete), None)
+    if first is not None:
+        for one, row in zip(holders, rows, strict=True):
+            shared = sorted(keys & one.keys.keys())
+            row.other_contents.extend(key_id for key_id in shared if one.keys[key_id] != first.keys[key_id])
+    return rows
+
+
+def _evidence(directory: str) -> api.ReplicaEvidence:
+    """What this host has: read without its lock, so that it works beside the daemon."""
+    import hashlib
+
+    from minikms import api
+    from minikms.api.errors import KmsRefusedError
+    from minikms.custody import keyring_file, replica_file, tombstone_file
+    from minikms.custody.settled_keys import SettledKeys
+    from minikms.keys import keyring
+    from minikms.keys.dek import bytes_to_key_id
+    from minikms.platform.files import closed_after, open_directory, read_file_in
+
+    with closed_after(open_directory(directory)) as directory_fd:
+        stored = replica_file.read(directory_fd)
+        content = tombstone_file.load(directory_fd)
+    data = read_file_in(directory, keyring_file.NAME, keyring.FILE_BYTES_MAX)
+    if stored is None or data is None:
+        raise CommandError(f"{directory} is not that of one of several hosts, or has no keyring yet")
+    body = keyring.parse_file(data)[0]
+    destroyed = tombstone_file.read_tombstones(content, body, None).keys()
+    gone = set(map(bytes_to_key_id, destroyed))
+    with SettledKeys(directory) as settled:
+        keys = {
+            key.key_id: DAMAGED if isinstance(key.record, KmsRefusedError) else hashlib.sha256(key.content).hexdigest()
+            for key in settled.each(settled.key_ids())
+            if key.key_id not in gone
+        }
+    mark = stored.mark
+    return api.ReplicaEvidence(
+        body.keyring_id, mark.name, mark.term, mark.number, keys, sorted(raw.hex() for raw in destroyed)
+    )
 
 
 @app.command
@@ -363,15 +487,15 @@ def _write(path: Path, value: object) -> None:
         raise CommandError(f"{path} exists already: name another file") from None
 
 
-def _read(path: Path, kind: type[T]) -> T:
+def _read(path: Path, kind: type[T], bytes_max: int = FILE_BYTES_MAX) -> T:
     import msgspec
 
     from minikms.api.decoding import UNDECODABLE
 
     with path.open("rb") as file:
-        data = file.read(FILE_BYTES_MAX + 1)
+        data = file.read(bytes_max + 1)
     try:
-        if len(data) <= FILE_BYTES_MAX:
+        if len(data) <= bytes_max:
             return msgspec.json.decode(data, type=kind)
     except UNDECODABLE:
         pass

@@ -529,7 +529,9 @@ class Member:
         directory = self._directory
         if directory is None:
             raise SealedError("this host is sealed")
-        if request.replace_database is True and not self.serves:
+        if request.replace_database is True:
+            if self.state.has_lease:
+                raise ConflictError("this host serves: it can fill an empty database once its lease has ended")
             directory.may_begin()
             await directory.write_mark()
         self._wanted_ns = None if self.serves else boot_ns()

@@ -1,7 +1,7 @@
 """`minikms replica`: what it shows of the hosts, what it asks, and the files that pass from host to host."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,13 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.api.errors import StandbyError
+from minikms.api.errors import ConflictError, StandbyError
 from minikms.cli import replica
 from minikms.cli.console import explained
 from minikms.commands.usage import CommandError
 from minikms.crypto.slots import SEALED_BYTES, Newcomer
 from minikms.keys import members
+from minikms.keys.dek import bytes_to_key_id
 from tests import needs
 from tests.harness import forked
 from tests.harness.vaults import key_file
@@ -42,12 +43,15 @@ class Daemon:
     def __init__(self, *states: api.ReplicaStatusAnswer) -> None:
         self.states = list(states)
         self.asked: list[Any] = []
+        self.conflicts = 0
 
     def replica_status(self) -> api.ReplicaStatusAnswer:
         return self.states.pop(0) if len(self.states) > 1 else self.states[0]
 
     def promote_replica(self, *, replace_database: bool) -> api.ReplicaStatusAnswer:
         self.asked.append(replace_database)
+        if len(self.asked) <= self.conflicts:
+            raise ConflictError("this host serves")
         return self.replica_status()
 
     def add_replica(self, request: api.AddReplicaRequest) -> api.ReplicaAnswer:
@@ -138,6 +142,60 @@ def test_promote_says_when_this_host_does_not_serve(
 def test_who_has_refused_an_older_database_fills_an_empty_one(answers: Answers) -> None:
     answers(state("refused", why="rolled back"), state("refused", why="rolled back"), state("serving"))
     assert replica.promote(replace_database=True, yes=True) == 0
+
+
+def test_a_promotion_waits_for_the_end_of_the_lease_of_this_host(answers: Answers) -> None:
+    daemon = answers(state("following"), state("serving"))
+    daemon.conflicts = 2
+    assert replica.promote(replace_database=True, yes=True) == 0 and len(daemon.asked) == 3
+    daemon.conflicts = 9
+    with pytest.raises(ConflictError):
+        replica.promote(replace_database=True, yes=True, wait=0)
+
+
+def key_id(number: int) -> str:
+    return bytes_to_key_id(number.to_bytes(16, "big"))
+
+
+def evidence(place: Path, name: str, number: int, keys: dict[int, str], destroyed: Sequence[int] = ()) -> Path:
+    """A file as a host writes it, without a name as for the database."""
+    path = place / f"{name or 'database'}.json"
+    stones = [one.to_bytes(16, "big").hex() for one in destroyed]
+    contents = {key_id(one): content for one, content in keys.items()}
+    path.write_bytes(msgspec.json.encode(api.ReplicaEvidence("kr_1", name, 3, number, contents, stones)))
+    return path
+
+
+def test_the_evidence_names_who_lacks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not who has most changes; the file of a destroyed key is lacked by nobody."""
+    files = (
+        evidence(tmp_path, "a", 14, {1: "x", 2: "x"}, [3]),
+        evidence(tmp_path, "c", 20, {1: "x", 2: replica.DAMAGED, 3: "x"}),
+        evidence(tmp_path, "", 20, {1: "y", 3: "x"}),
+    )
+    assert replica.evidence(*files, json=True) == 0
+    page = json.loads(capsys.readouterr().out)
+    assert page["complete"] == ["a"]
+    c, database, a = (list(one.values()) for one in page["holders"])
+    assert list(page["holders"][0])[:3] == ["name", "term", "number"]
+    assert (a[0], *a[5:]) == ("a", [], [], [])
+    assert (c[0], *c[5:]) == ("c", [key_id(2)], [key_id(3)], [key_id(2)])
+    assert (database[0], *database[5:]) == ("", [key_id(2)], [key_id(3)], [key_id(1)])
+    assert replica.evidence(*files) == 0
+    shown = capsys.readouterr().out
+    assert f"the database lacks the keys {key_id(2)}\n" in shown and shown.endswith("\nlacks nothing: a\n")
+
+
+def test_the_evidence_of_two_histories_names_nobody(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = (evidence(tmp_path, "a", 14, {1: "x"}), evidence(tmp_path, "c", 20, {2: "x"}))
+    assert replica.evidence(*files) == 1
+    assert "each host lacks something that another one has" in capsys.readouterr().out
+    files[0].write_text(files[0].read_text().replace("kr_1", "kr_2"))
+    with pytest.raises(CommandError, match="different key services"):
+        replica.evidence(*files)
+    files[0].write_text("{}")
+    with pytest.raises(CommandError, match="copy it again"):
+        replica.evidence(*files)
 
 
 def test_a_database_is_filled_only_after_a_confirmation(answers: Answers) -> None:

@@ -131,7 +131,7 @@ class Replicator:
             stale = time.monotonic() - self._renewed.get(self.tables.term, 0) > STALE_S
             free = not self.tables.member or (stale and not self.has_head)
             mine = self.tables.wanted in ("", self.member_id)
-        if position.ready and free and mine:
+        if position.ready and free and mine and (self.tables.keyring or position.begins):
             self.take_over(position)
         else:
             time.sleep(0.01)

@@ -380,6 +380,8 @@ def test_a_promoted_host_fills_an_emptied_database(both: Hosts) -> None:
     key_id = before.kms.create_dek_for_thread("t").key_id
     number = both.database.tables.number
     sides(both)
+    with pytest.raises(errors.ConflictError, match="once its lease has ended"):
+        before.kms.promote_replica(replace_database=True)
     both.empty_database()
     wait_until(lambda: before.mode == "following")
     after.kms.promote_replica(replace_database=True)
