@@ -54,8 +54,8 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
         (
             (
                 "progressdb_server/store/postgres/reads.py",
-                "        return found[0][0] if found else None\n",
-                "        value = found[0][0] if found else None\n"
+                "        return rows[0][0] if rows else None\n",
+                "        value = rows[0][0] if rows else None\n"
                 '        if key.startswith(b"index:writer:"):\n'
                 '            self.__dict__.setdefault("cached", {}).setdefault(key, value)\n'
                 '            return self.__dict__["cached"][key]\n'
