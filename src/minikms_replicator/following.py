@@ -1,8 +1,9 @@
 """The loop of a member that does not serve: it gives the daemon the changes of the others, and takes over.
 
-Owns: one step of the loop. Invariants: all parts that a step hands over come from one snapshot; the last part comes
-after the node has confirmed a commit that is later than the snapshot, so the mark never names a change that a failover
-of the database loses. It must never take over against `deciding.why_not`, or after the head has changed.
+Owns: one step of the loop. Invariants: a part comes from one snapshot, with its head and keyring, and is handed over
+after the node has confirmed a later commit, so a member has nothing that a failover of the database loses. A file that
+changes between two parts is in a later one too. It must never take over against `deciding.why_not`, or after the head
+has changed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from minikms.api.replica_verbs import (
 )
 from minikms.platform.clock import boot_ns
 from minikms_replicator.deciding import Watch, is_settled, why_not
-from minikms_replicator.tables import Head, Lease, Tables
+from minikms_replicator.tables import Head, Lease, Part, Tables
 
 ASK_S_MAX: Final = 5.0
 """Of one request to the daemon that brings no part of a change."""
@@ -97,23 +98,27 @@ class Follower:
 
     async def _follow(self, position: ReplicaPosition, members: list[MemberReport]) -> tuple[ReplicaPosition, Head]:
         """Give the daemon the head, and what it lacks."""
-        async with self._tables.snapshot():
-            head = await self._tables.head()
-            shown = _shown(head._replace(keyring_id=head.keyring_id or position.keyring_id))
-            if head.empty:
-                shown.keyring = ""
-            elif position.mode != "sealed" and (head.number != position.number or position.begins):
-                shown.keyring = encode_text(await self._tables.keyring())
-                async for part in self._tables.parts(position.number, position.tombstones):
-                    request = ReplicaFollowRequest(
-                        head=shown, after=position.number, files=part.files, tombstones_after=part.tombstones_after,
-                        tombstones=encode_text(part.tombstones), complete=part.complete, members=members,
-                    )  # fmt: skip
-                    if not part.complete:
-                        await self._daemon.replica_follow(request)
-        if shown.keyring:
+        parts = self._tables.parts(position.number, position.tombstones)
+        while True:
+            part: Part | None = None
+            async with self._tables.snapshot():
+                head = await self._tables.head()
+                shown = _shown(head._replace(keyring_id=head.keyring_id or position.keyring_id))
+                if head.empty:
+                    shown.keyring = ""
+                elif position.mode != "sealed" and (head.number != position.number or position.begins):
+                    shown.keyring = encode_text(await self._tables.keyring())
+                    part = await anext(parts)
+            if part is None:
+                break
             await self._tables.confirm(position.report)
-            return await self._daemon.replica_follow(request), head
+            request = ReplicaFollowRequest(
+                head=shown, after=position.number, files=part.files, tombstones_after=part.tombstones_after,
+                tombstones=encode_text(part.tombstones), complete=part.complete, members=members,
+            )  # fmt: skip
+            followed = await self._daemon.replica_follow(request)
+            if part.complete:
+                return followed, head
         request = msgspec.structs.replace(
             ASK_POSITION, head=shown, after=position.number, tombstones_after=position.tombstones,
             complete=position.mode != "sealed", members=members,

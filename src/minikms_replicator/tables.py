@@ -257,7 +257,7 @@ class Tables:
         return content
 
     async def parts(self, number: int, tombstones: int) -> AsyncIterator[Part]:
-        """What came after this change and this number of tombstones; the last part is complete. In a snapshot."""
+        """What came after this change and this number of tombstones; the last part is complete. In snapshots."""
         after: tuple[int, str] = (number + 1, "")
         while True:
             files = await self._fetch(_FILES, *after)

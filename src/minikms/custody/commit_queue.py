@@ -156,10 +156,11 @@ class CommitQueue:
                 async with asyncio.timeout(seconds):
                     await self._changed.wait()
         if self._out is None and self._waiting:
-            self._out = self._formed()
+            self._form()
         return None if self._out is None else self._out.commit
 
-    def _formed(self) -> _Out | None:
+    def _form(self) -> None:
+        """Forms the next commit. Changes that can't be signed are refused: the database does not get them."""
         changes: list[_Waiting] = []
         files, size, has_keyring = 0, 0, False
         while self._waiting:
@@ -174,8 +175,13 @@ class CommitQueue:
             if not one.number.done():  # else its caller was cancelled
                 changes.append(one)
         if not changes or self.term is None:
-            return None
-        return self._signed(changes, self.term)
+            return
+        try:
+            self._out = self._signed(changes, self.term)
+        except Exception:
+            for change in changes:
+                change.number.set_exception(StorageUnavailableError("the change could not be signed, and was not made"))
+            raise
 
     def _signed(self, changes: list[_Waiting], term: int) -> _Out:
         previous, after, epoch, key_version, entries = self.position

@@ -20,6 +20,7 @@ from minikms.custody.journal import Journal
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.replication import Written
 from minikms.custody.tombstone_file import Tombstones
+from minikms.keys.replica import SignedState
 from minikms.platform.files import closed_after, open_directory
 from tests.harness.disk_faults import failing_os, refuse
 from tests.harness.members import OpenedMember, make_first, opened_member
@@ -117,6 +118,22 @@ async def test_changes_that_wait_form_one_commit(tmp_path: Path) -> None:
         first.replicator.database.refuse = False
         await asyncio.gather(*making)
         assert first.replicator.database.tables.number == before + 2
+
+
+async def test_a_change_that_can_not_be_signed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path) as first:
+        await first.halt()
+        making = asyncio.create_task(create(first.vault, "t"))
+        with monkeypatch.context() as failing, pytest.raises(StorageUnavailableError):
+            failing.setattr(SignedState, "signed", refuse)
+            await first.directory.next_commit(1)
+        with pytest.raises(StorageUnavailableError, match="was not made"):
+            async with asyncio.timeout(60):
+                await making
+        making = asyncio.create_task(create(first.vault, "t"))
+        assert await first.replicator.step(1)
+        made = await making
+        assert files(first) == {made.id}
 
 
 async def test_a_cancelled_change_that_the_database_has_is_written_here(tmp_path: Path) -> None:
