@@ -153,7 +153,11 @@ def test_a_torn_end_of_the_log_loses_nothing_that_was_acknowledged(
     assert entries(path) == ACKNOWLEDGED, "the next start does not find it damaged"
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\0" * 20, b"12"], ids=["missing", "empty", "zeros", "short"])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"\0" * 20, b"12", b"%020d 7a2f8b3e\n" % (ACKNOWLEDGED + 8)],
+    ids=["missing", "empty", "zeros", "short", "checksum"],
+)
 def test_without_a_number_of_acknowledged_writes_any_whole_log_opens(
     store: tuple[Path, Path], content: bytes | None
 ) -> None:
@@ -165,3 +169,14 @@ def test_without_a_number_of_acknowledged_writes_any_whole_log_opens(
     _cut(log, log.stat().st_size - 7)
     assert entries(path) == ACKNOWLEDGED
     assert acknowledged.last(str(path)) == ACKNOWLEDGED
+
+
+def test_the_file_of_acknowledged_writes_has_this_form_and_the_former_one_is_read(tmp_path: Path) -> None:
+    noted = acknowledged.Acknowledged(str(tmp_path))
+    noted.note(1234)
+    noted.close()
+    path = tmp_path / acknowledged.NAME
+    assert path.read_bytes() == b"00000000000000001234 53fd66f2\n"
+    assert acknowledged.last(str(tmp_path)) == 1234
+    path.write_bytes(b"00000000000000001234")
+    assert acknowledged.last(str(tmp_path)) == 1234
