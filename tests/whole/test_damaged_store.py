@@ -79,8 +79,9 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
             server("POST", "/v1/messages", {"thread": f"new{number}", "author": "ada", "body": 1})
             for number in range(50)
         ][-1]
-        assert refused.status == 500
+        assert refused.status == 503
         assert refused.json["error"].startswith(f"the store is damaged: the file {table.name}: nothing is written")
+        assert "progressdb check --repair --drop-damaged" in refused.json["error"]
         assert server("GET", "/readyz", key=None).status == 503
         assert lists(server) == found
         status, said = command(server, "doctor", "--url", f"http://127.0.0.1:{server.port}")

@@ -25,10 +25,11 @@ from progressdb_server.store.model import FormatError, StoreUnavailableError
 REPAIR_S_MAX: Final = 3600.0
 """A walk over a million keys takes some minutes."""
 SHOWN_MAX: Final = 20
-ORPHANS_ASKED: Final = 1000
-"""At a time: the server looks at a bounded number of keys for each answer."""
+KEYS_ASKED: Final = 1000
+"""At a time: the server looks at a bounded number of keys or threads for each answer."""
 RUNBOOK: Final = "`It does not answer` and `The disk is full`"
 RUNBOOK_DAMAGED: Final = "`The store is damaged`"
+RUNBOOK_LOST: Final = "`One key file is damaged` and `Restore`"
 NOT_SEEN: Final = "GRANT pg_read_all_stats TO this role shows which are connected"
 
 
@@ -43,8 +44,8 @@ def doctor(
     json: Json = False,
 ) -> int:
     """Ask the running server what is wrong: whether it takes writes, whether its key service works, whether it has met
-    damage in the store, and which active keys no thread names (of creates that were refused or interrupted). A database
-    (store.url) is examined first.
+    damage in the store, which keys of threads the key service does not have, and which active keys no thread names (of
+    creates that were refused or interrupted). A database (store.url) is examined first.
 
     With --repair these keys are retired: they only decrypt from then on. Do not use it on an older copy of the store,
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
@@ -60,16 +61,17 @@ def doctor(
     if not page["readiness"]["key_service"]:
         if repair:
             page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
-        page["orphaned_keys"] = list(_orphans(client))
+        page["orphaned_keys"] = list(_listed(client, "/admin/orphaned_keys"))
+        page["lost_keys"] = list(_listed(client, "/admin/lost_keys"))
     print_result(page, _lines(page, wrong), json=json)
     damaged = page.get("database", {}).get("problems") or page["readiness"].get("notices")
-    return 1 if wrong or damaged or page.get("orphaned_keys") else 0
+    return 1 if wrong or damaged or page.get("orphaned_keys") or page.get("lost_keys") else 0
 
 
-def _orphans(client: AdminClient) -> Iterator[dict[str, str]]:
+def _listed(client: AdminClient, path: str) -> Iterator[dict[str, str]]:
     after: str | None = ""
     while after is not None:
-        answer = client.call("GET", f"/admin/orphaned_keys?limit={ORPHANS_ASKED}{after and f'&after={after}'}")
+        answer = client.call("GET", f"{path}?limit={KEYS_ASKED}{after and f'&after={after}'}")
         yield from answer["keys"]
         after = answer.get("next")
 
@@ -102,7 +104,13 @@ def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
     notices = page["readiness"].get("notices", [])
     for notice in notices:
         yield f"problem: {notice}"
-    repaired, orphans = page.get("repaired"), page.get("orphaned_keys", [])
+    repaired, orphans, lost = page.get("repaired"), page.get("orphaned_keys", []), page.get("lost_keys", [])
+    for key in lost[:SHOWN_MAX]:
+        yield f"lost key: {key['key_id']} of thread {key['thread_id']}"
+    if len(lost) > SHOWN_MAX:
+        yield f"and {len(lost) - SHOWN_MAX:,} more"
+    if lost:
+        yield f"  do: the key service lacks keys of {counted(len(lost), 'thread')}: see {RUNBOOK_LOST} in the runbook"
     if repaired and repaired["retired"]:
         yield f"retired: {counted(repaired['retired'], 'key')} that no thread names"
     for key in orphans[:SHOWN_MAX]:
@@ -111,5 +119,5 @@ def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
         yield f"and {len(orphans) - SHOWN_MAX:,} more"
     if orphans:
         yield f"  do: {repaired['why'] if repaired and repaired['why'] else 'progressdb doctor --repair'}"
-    elif not (wrong or notices or page.get("database", {}).get("problems")):
+    elif not (lost or wrong or notices or page.get("database", {}).get("problems")):
         yield "nothing is wrong"

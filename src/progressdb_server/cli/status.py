@@ -94,8 +94,11 @@ def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
     """Fill in what the server can't do now. Returns the exit status that it gives. Raises AdminError."""
     answer = client.call("GET", "/admin/readiness")
     wrong = [f"{name}: {answer[key]}" for key, name in _NOT_WORKING.items() if answer[key]]
-    if wrong:
-        section |= {"status": "not ready", "problems": wrong}
+    if wrong or answer["damage"]:
+        section |= {
+            "status": "not ready" if wrong else "damaged",
+            "problems": [*wrong, *filter(None, [answer["damage"]])],
+        }
     return 1 if wrong else 0
 
 

@@ -1,7 +1,9 @@
-"""Orphaned keys: active keys of the key service that no thread of this store names.
+"""Orphaned keys: active keys of the key service that no thread of this store names. And lost ones: keys that a thread
+names and the key service does not have.
 
 They come from creates whose answer was lost, and from a server or a key service that was killed between the making of a
-key and the write that names it. Owns: which key is an orphan, and their retirement, at a start and on request.
+key and the write that names it. Owns: which key is an orphan, and their retirement, at a start and on request; which
+is lost.
 Invariants:
 - A key is retired, never destroyed: what it has encrypted can still be decrypted.
 - Only where this server alone makes keys of purpose `thread` (`kms.exclusive`): on a shared key service, a key that
@@ -20,8 +22,9 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Final, NamedTuple
 
+from minikms import api
 from minikms.api import KeyAnswer
-from minikms.api.errors import KmsError
+from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.runner import Kind
@@ -112,6 +115,29 @@ class OrphanedKeys(Kind):
                     return
             yield orphans
             await asyncio.sleep(0 if page.next_cursor is None else PAGE_PAUSE_S)
+
+    async def lost(self, asked: Page | None = None) -> AsyncIterator[list[tuple[str, str]]]:
+        """The threads whose key the key service does not have, with the key; those among a page of threads. Raises
+        KmsError, StoreUnavailableError."""
+        looked_at = 0
+        async for thread in self._store.rekeying.threads("" if asked is None else asked.cursor):
+            key_id = await self._store.rekeying.key_of_thread(thread)
+            if key_id is not None and not await self._has(key_id):
+                yield [(thread, key_id)]
+            looked_at += 1
+            if asked is not None and looked_at == asked.limit:
+                asked.following = thread
+                return
+
+    async def _has(self, key_id: str) -> bool:
+        """Whether the key service has the key, or has had it: a destroyed key is not lost."""
+        try:
+            await self._provider.get_key(key_id)
+        except KmsRefusedError as error:
+            if fault(error) is Fault.SERVICE:
+                raise
+            return error.code != api.CODE_KEY_NOT_FOUND
+        return True
 
     async def _is_orphan(self, key: KeyAnswer) -> bool:
         return (

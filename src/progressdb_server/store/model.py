@@ -203,6 +203,10 @@ class IdempotencyConflictError(StoreError):
     status, text = 409, "this Idempotency-Key was used before with another request"
 
 
+READ_ONLY_RETRY_S: Final = 60
+"""Until a client tries again, while an operator repairs the store."""
+
+
 class StoreUnavailableError(StoreError):
     """The disk or the key service can't take the write now; `retry_after_s` is what to tell the client."""
 
@@ -228,9 +232,10 @@ class NotWrittenError(StoreUnavailableError):
 
 
 class StoreReadOnlyError(NotWrittenError):
-    """The store is damaged, and RocksDB takes no writes any more: the same request fails until it is repaired."""
+    """The store is damaged, and RocksDB takes no writes any more until an operator repairs it."""
 
-    status = 500
+    def __init__(self, message: str) -> None:
+        super().__init__(message, READ_ONLY_RETRY_S)
 
 
 class StoreLockedError(StoreUnavailableError):

@@ -58,7 +58,7 @@ BUSY_S_MAX: Final = 10.0
 REOPEN_RETRY_S_MIN: Final = 0.1
 REOPEN_RETRY_S_MAX: Final = 5.0
 SETTLE_S_MAX: Final = 10.0
-READ_ONLY: Final = "nothing is written until it is repaired"
+READ_ONLY: Final = "nothing is written until it is repaired (progressdb check --repair --drop-damaged)"
 REASON_CHARS_MAX: Final = 300
 """Longer texts of the engine's errors are cut in the log."""
 

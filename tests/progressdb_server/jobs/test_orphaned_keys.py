@@ -92,6 +92,21 @@ async def test_pages_have_each_orphan_once_and_look_at_a_bounded_number_of_keys(
         assert found == expected
 
 
+async def test_each_thread_whose_key_the_key_service_lacks_is_in_one_page() -> None:
+    async with orphaned() as (store, provider, orphans):
+        for number in range(5):
+            await store.messages.create(NewMessage(author="ada", thread=f"t{number}", body=1))
+        [lost, destroyed] = [await store.rekeying.key_of_thread(thread) or "" for thread in ("t1", "t3")]
+        del provider.keys[lost]
+        provider.retired.add(destroyed)
+        await provider.destroy_key(destroyed)
+        page, found = Page(2), [("", "")]
+        while page.limit:
+            found += [one for part in [part async for part in orphans.lost(page)] for one in part]
+            page = Page(2 if page.following else 0, page.following)
+        assert found[1:] == [("t1", lost)]
+
+
 async def test_a_shared_key_service_is_left_alone_and_the_answer_says_why() -> None:
     async with orphaned(exclusive=False) as (_, provider, orphans):
         await orphan(provider, "another-servers")
@@ -237,3 +252,9 @@ def test_orphans_of_a_killed_server_are_retired_at_a_start_or_by_doctor(tmp_path
         assert [event for event in server.log if event["event"] == "orphaned_key_retired"]
         made = server("POST", "/v1/threads", {"title": "x", "author": "ada"})
         assert made.status == 200
+        key_id = server("GET", f"/admin/keys/kms:map:thread:{made.json['id']}", key=ADMIN).body.decode()
+        [file] = server.db.rglob(f"kms-deks/{key_id}*")
+        file.unlink()
+        exit_status, said = doctor(server)
+        assert (exit_status, f"lost key: {key_id} of thread {made.json['id']}" in said) == (1, True), said
+        assert "nothing is wrong" not in said

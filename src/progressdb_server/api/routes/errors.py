@@ -2,8 +2,8 @@
 
 Owns: the status and the sentence of errors of the key service; the errors of this server know theirs (`StatusError`).
 Invariants: an exception's own text is sent only where its class has no sentence, and those texts are written for
-clients. Any other error is a 500 with one fixed text, and its own text is never sent. A refusal that a retry can't
-change is never a 503.
+clients. Any other error is a 500 with one fixed text, and its own text is never sent. A refusal of one
+request that a retry can't change is never a 503.
 """
 
 from __future__ import annotations

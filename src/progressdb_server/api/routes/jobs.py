@@ -12,6 +12,7 @@ from typing import Annotated, Final, get_args
 import msgspec
 
 from minikms.api import KEY_ID_PATTERN
+from progressdb_server.api.gate import limits
 from progressdb_server.api.gate.errors import ApiError, bad_request
 from progressdb_server.api.gate.keys import ADMINS
 from progressdb_server.api.gate.request import ApiRequest
@@ -127,6 +128,7 @@ _JOB_ID: Final = "job-01764000000000000000-0a1b2c3d"
 
 _JOBS: Final = Paging("jobs", "before", "older", JOB_ID_PATTERN)
 _ORPHANS: Final = Paging("keys", "after", "next", KEY_ID_PATTERN)
+_LOST: Final = Paging("keys", "after", "next", limits.ID_PATTERN)
 _for_admins: Final = partial(Operation, roles=ADMINS, needs=DISK)
 
 
@@ -330,6 +332,23 @@ class JobHandlers:
     async def _orphans(self, asked: Page | None) -> AsyncIterator[list[dict[str, str]]]:
         async for page in self._jobs.orphans.find(asked):
             yield [{"key_id": key.key_id, "thread_id": key.thread_id, "created_at": key.created_at} for key in page]
+
+    @_for_admins(
+        "GET",
+        "/admin/lost_keys",
+        response=_LOST.response(texts("key_id", "thread_id")),
+        parameters=_LOST.parameters,
+        errors={400: _LOST.errors},
+        needs=BOTH,
+    )
+    async def lost_keys(self, request: ApiRequest) -> JsonList:
+        """List the threads whose key the key service does not have; `limit` is the number of threads to look at."""
+        page = _LOST.read(request.query_params)
+        return _LOST.list(self._lost(page), page)
+
+    async def _lost(self, asked: Page | None) -> AsyncIterator[list[dict[str, str]]]:
+        async for page in self._jobs.orphans.lost(asked):
+            yield [{"key_id": key_id, "thread_id": thread_id} for thread_id, key_id in page]
 
     @_for_admins(
         "POST", "/admin/orphaned_keys/retire", response=object_of(retired=INTEGER, left=INTEGER, why=TEXT), needs=BOTH
