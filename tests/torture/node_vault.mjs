@@ -25,6 +25,11 @@ seen.listedByGet = (await plain.list('transit/keys')).data.keys.includes(name);
 const batch = await vault.write(`transit/encrypt/${name}`, { batch_input: [{ plaintext }, { plaintext }] });
 seen.batch = batch.data.batch_results.length;
 seen.dataKey = (await vault.write(`transit/datakey/plaintext/${name}`, {})).data.plaintext.length;
+await vault.write(`transit/keys/${name}-macs`, { type: 'hmac' });
+const { hmac } = (await vault.write(`transit/hmac/${name}-macs`, { input: plaintext })).data;
+await vault.write(`transit/keys/${name}-macs/rotate`, {});
+seen.macs = await Promise.all([hmac, `${hmac.slice(0, -4)}AAA=`].map(
+    async (claim) => (await vault.write(`transit/verify/${name}-macs`, { input: plaintext, hmac: claim })).data.valid));
 seen.deleted = await failed(vault.transitDeleteKey({ name }));
 seen.unknown = await failed(vault.encryptData({ name: 'nothing', plaintext }));
 seen.ttl = (await vault.tokenLookupSelf()).data.ttl;

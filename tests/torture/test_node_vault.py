@@ -41,6 +41,7 @@ def test_node_vault_works_with_a_certificate_and_with_a_token(script: Path, tmp_
             assert seen["opened"] and seen["listed"] and seen["listedByGet"] and seen["batch"] == 2
             assert (seen["read"]["latest_version"], sorted(seen["read"]["keys"])) == (2, ["1", "2"])
             assert seen["dataKey"] == 44 and type(seen["ttl"]) is int
+            assert seen["macs"] == [True, False]
             assert seen["deleted"][0] == 403
             assert seen["unknown"] == [400, "encryption key not found"]
             assert seen["renewed"][0] in (400, 403)

@@ -413,9 +413,10 @@ MAC: Final = Verb(
     MacRequest,
     MacAnswer,
     "Compute HMAC-SHA-256 of a list of plaintexts under a key of purpose `mac`",
-    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED, CODE_TOO_MANY),
+    (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_TOO_MANY),
     repeatable=True,
     proxied=True,
+    charged_as="decrypts",
 )
 
 # --- keys for the caller's own use -----------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
 
 async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
     items = _items(body, "ciphertext", "decrypt")
-    given = [_parsed(item.ciphertext) for item in items]
+    given = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
 
     async def unseal(key: TransitKey) -> Results:
         def prepare(place: int) -> tuple[str, bytes, bytes]:
@@ -111,7 +111,7 @@ async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
 async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
     """One request for each version among the items."""
     items = _items(body, "ciphertext", "decrypt")
-    given = [_parsed(item.ciphertext) for item in items]
+    given = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
 
     async def move(key: TransitKey) -> tuple[Results, int]:
         results: Results = [VaultError("")] * len(items)
@@ -168,6 +168,8 @@ def _items(body: Records, member: str, what: str) -> Sequence[Item]:
             raise VaultError(f"missing {member} to {what}")
         return [body]
     items = body.batch_input
+    if body.context or body.associated_data:
+        raise VaultError("context and associated_data stand in each item of batch_input, not beside it")
     if not items:
         raise VaultError("missing batch input to process")
     if len(items) > BATCH_ITEMS_MAX:
@@ -254,17 +256,17 @@ def prefix_of(number: int) -> str:
     return f"{_PREFIX}{number}:"
 
 
-def _parsed(ciphertext: str | None) -> tuple[int, str] | VaultError:
-    """The version of a ciphertext, and its record in base64."""
-    if not ciphertext:
-        return VaultError("missing ciphertext to decrypt")
-    if not ciphertext.startswith(_PREFIX):
-        return VaultError("invalid ciphertext: no prefix")
-    version, colon, record = ciphertext[len(_PREFIX) :].partition(":")
+def parsed(text: str | None, what: str, use: str) -> tuple[int, str] | VaultError:
+    """The version of a ciphertext or MAC, and the rest of it in base64."""
+    if not text:
+        return VaultError(f"missing {what} to {use}")
+    if not text.startswith(_PREFIX):
+        return VaultError(f"invalid {what}: no prefix")
+    version, colon, record = text[len(_PREFIX) :].partition(":")
     if not colon:
-        return VaultError("invalid ciphertext: wrong number of fields")
+        return VaultError(f"invalid {what}: wrong number of fields")
     if _VERSION.fullmatch(version) is None:
-        return VaultError("invalid ciphertext: version number could not be decoded")
+        return VaultError(f"invalid {what}: version number could not be decoded")
     return int(version), record
 
 
@@ -288,8 +290,7 @@ def _opening(key: TransitKey, item: Item, given: tuple[int, str] | VaultError) -
 
 
 def _aad(key: TransitKey, item: Item) -> bytes:
-    if key.derived:
-        key.check_context(item.context)
+    key.check_context(item.context)
     if item.context or item.associated_data:
         return bound(item.context, item.associated_data)
     return UNBOUND

@@ -29,7 +29,7 @@ from minikms.api.errors import (
     refusal,
 )
 from minikms.http import ParsedHead, Request, Response
-from minikms_gateway.transit.wire import NO_CONTEXT, NOT_FOUND, TOO_NEW, TOO_OLD, VaultError
+from minikms_gateway.transit.wire import NO_CONTEXT, NO_MACS, NOT_FOUND, ONLY_MACS, TOO_NEW, TOO_OLD, VaultError
 
 THREAD_PREFIX: Final = "transit."
 NAME_CHARS_MAX: Final = api.ID_CHARS_MAX - len(THREAD_PREFIX)
@@ -57,11 +57,11 @@ class Version(NamedTuple):
 
 
 class TransitKey:
-    """`versions` by number; there is one at least. `derived`: each record needs a context."""
+    """`versions` by number; there is one at least. All have the same purpose."""
 
-    def __init__(self, name: str, derived: bool, versions: dict[int, Version]) -> None:
+    def __init__(self, name: str, purpose: api.Purpose, versions: dict[int, Version]) -> None:
         self.name = name
-        self.derived = derived
+        self.purpose = purpose
         self.versions = versions
         self.latest = max(versions)
 
@@ -69,8 +69,13 @@ class TransitKey:
     def latest_id(self) -> str:
         return self.versions[self.latest].key_id
 
+    def check_use(self, *, macs: bool) -> None:
+        """Raises VaultError unless the key makes MACs or records, as `macs` says: it never makes both."""
+        if (self.purpose == "mac") != macs:
+            raise VaultError(NO_MACS if macs else ONLY_MACS)
+
     def check_context(self, context: str | None) -> None:
-        if self.derived and not context:
+        if self.purpose == "derived" and not context:
             raise VaultError(NO_CONTEXT)
 
     def encrypts(self, number: int) -> None:
@@ -181,7 +186,7 @@ class Caller:
             self._remembered.forget(self.who, name)
             return None
         versions = {key.number: Version(key.key_id, _unix(key.created_at)) for key in keys}
-        key = TransitKey(name, keys[-1].purpose == "derived", versions)
+        key = TransitKey(name, keys[-1].purpose, versions)
         self._remembered.put(self.who, key)
         return key
 
@@ -209,9 +214,12 @@ class Caller:
             cursor = {"cursor": page.next_cursor}
         raise VaultError("there are more keys to look at than this API lists; list them at the key service")
 
-    async def using(self, name: str, use: Callable[[TransitKey], Awaitable[T]], *, at_least: int = 0) -> T:
+    async def using(
+        self, name: str, use: Callable[[TransitKey], Awaitable[T]], *, at_least: int = 0, macs: bool = False
+    ) -> T:
         """`use` with a key, and once more with what is found now if the key that was remembered was out of date."""
         key = await self.key(name, at_least=at_least)
+        key.check_use(macs=macs)
         try:
             return await use(key)
         except OUT_OF_DATE:

@@ -16,6 +16,7 @@ from minikms_gateway.transit.wire import Body, Number, Short, VaultError, envelo
 
 TYPE: Final = "aes256-gcm96"
 """What clients call a key that encrypts; the records are XAES-256-GCM."""
+MAC_TYPE: Final = "hmac"
 ROTATE_ATTEMPTS_MAX: Final = 5
 """Of one rotation, while others win."""
 NO_DESTRUCTION: Final = (
@@ -28,6 +29,7 @@ class Settings(Body):
     """Of a new key, or of `config`."""
 
     type: Short | None = None
+    key_size: Number | None = None
     derived: bool | None = None
     convergent_encryption: bool | None = None
     exportable: bool | None = None
@@ -39,8 +41,12 @@ class Settings(Body):
 
     def check(self) -> None:
         """Raises VaultError for what no key here has."""
-        if self.type is not None and self.type != TYPE:
-            raise VaultError(f"unknown key type: this service makes keys of the type {TYPE} only")
+        if self.type not in (None, TYPE, MAC_TYPE):
+            raise VaultError(f"unknown key type: this service makes keys of the types {TYPE} and {MAC_TYPE} only")
+        if self.type == MAC_TYPE and self.derived:
+            raise VaultError(f"key derivation is not supported for keys of the type {MAC_TYPE}")
+        if self.key_size not in (None, 0, api.MAC_BYTES):
+            raise VaultError(f"key_size is not offered: keys have {api.MAC_BYTES} bytes")
         for name in ("convergent_encryption", "exportable", "allow_plaintext_backup"):
             if getattr(self, name):
                 raise VaultError(f"{name} is not offered")
@@ -57,7 +63,7 @@ async def create(caller: Caller, name: str, settings: Settings) -> bytes:
     if key is None:
         fields = {
             "thread_id": THREAD_PREFIX + name,
-            "purpose": "derived" if settings.derived else "data",
+            "purpose": "mac" if settings.type == MAC_TYPE else "derived" if settings.derived else "data",
             "numbered": True,
         }
         try:
@@ -95,7 +101,7 @@ async def rotate(caller: Caller, name: str, _body: Body) -> bytes:
         fields = {
             "thread_id": THREAD_PREFIX + name,
             "replaces": key.latest_id,
-            "purpose": "derived" if key.derived else "data",
+            "purpose": key.purpose,
             "numbered": True,
         }
         try:
@@ -131,11 +137,11 @@ async def refuse_destruction(_caller: Caller, _name: str, _body: Body) -> bytes:
 
 
 def _shown(key: TransitKey, *, warning: str = "") -> bytes:
-    lowest = min(key.versions)
+    lowest, seals = min(key.versions), key.purpose != "mac"
     data: dict[str, Any] = {
         "name": key.name,
-        "type": TYPE,
-        "derived": key.derived,
+        "type": TYPE if seals else MAC_TYPE,
+        "derived": key.purpose == "derived",
         "exportable": False,
         "allow_plaintext_backup": False,
         "deletion_allowed": False,
@@ -143,10 +149,10 @@ def _shown(key: TransitKey, *, warning: str = "") -> bytes:
         "min_available_version": lowest if lowest > 1 else 0,
         "min_decryption_version": lowest,
         "min_encryption_version": 0,
-        "supports_encryption": True,
-        "supports_decryption": True,
+        "supports_encryption": seals,
+        "supports_decryption": seals,
         "supports_signing": False,
-        "supports_derivation": True,
+        "supports_derivation": seals,
         "auto_rotate_period": 0,
         "imported_key": False,
         "soft_deleted": False,

@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple
 from minikms.api.errors import InvalidRequestError, KmsRefusedError
 from minikms.http import ParsedHead, Request, Response, parse_query
 from minikms_gateway.reasons import RefusedTokenError
-from minikms_gateway.transit import encryption, generated, keys, system
+from minikms_gateway.transit import encryption, generated, keys, macs, system
 from minikms_gateway.transit.keyring import NAME, Ask, Caller, Lifetime, Remembered
 from minikms_gateway.transit.system import LOGIN_BYTES_MAX, Login
 from minikms_gateway.transit.wire import Body, VaultError, decode, error_response
@@ -44,6 +44,10 @@ OPERATIONS: Final = (
     Operation(_WRITE, "{mount}/datakey/wrapped/{}", generated.DataKey, partial(generated.data_key, plaintext=False)),
     Operation(_WRITE, "{mount}/random", generated.Random, generated.random),
     Operation(_WRITE, "{mount}/random/{count}", generated.Random, generated.random),
+    Operation(_WRITE, "{mount}/hmac/{}", macs.Macs, macs.generate),
+    Operation(_WRITE, f"{{mount}}/hmac/{{}}/{macs.ALGORITHM}", macs.Macs, macs.generate),
+    Operation(_WRITE, "{mount}/verify/{}", macs.Macs, macs.verify),
+    Operation(_WRITE, f"{{mount}}/verify/{{}}/{macs.ALGORITHM}", macs.Macs, macs.verify),
     Operation(("LIST",), "{mount}/keys", Body, keys.list_names),
     Operation(_WRITE, "{mount}/keys/{}", keys.Settings, keys.create),
     Operation(("GET",), "{mount}/keys/{}", Body, keys.read),

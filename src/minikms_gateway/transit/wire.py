@@ -35,6 +35,10 @@ TOO_OLD: Final = "ciphertext or signature version is disallowed by policy (too o
 TOO_NEW: Final = "invalid ciphertext: version is too new"
 NOT_FOUND: Final = "encryption key not found"
 DENIED: Final = "permission denied"
+ONLY_MACS: Final = (
+    "message encryption and decryption are not supported for key type hmac: it makes MACs and nothing else"
+)
+NO_MACS: Final = "MACs need a key of the type hmac: make one of another name"
 NO_CONTEXT: Final = (
     "missing 'context' for key derivation; the key was created using a derived key, which means additional, "
     "per-request information must be included in order to perform operations with the key"

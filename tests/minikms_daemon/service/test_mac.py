@@ -74,6 +74,17 @@ def test_each_verb_of_records_refuses_a_key_of_macs(daemon: LiveDaemon) -> None:
         assert [each["code"] for each in answer.get("items", answer.get("refused"))] == ["wrong_purpose"], verb
 
 
+def test_a_retired_key_makes_macs_until_it_is_destroyed(daemon: LiveDaemon) -> None:
+    """What was made with it is compared and searched."""
+    key_id = new_key(daemon, purpose="mac")
+    ask = {"key_id": key_id, "items": [{"plaintext": b64(b"ada")}]}
+    before = post(daemon, "/mac", ask).body
+    assert post(daemon, f"/keys/{key_id}/retire", {}).status == 200
+    assert post(daemon, "/mac", ask).body == before
+    assert post(daemon, f"/keys/{key_id}/destroy", {"key_id": key_id}).status == 200
+    assert post(daemon, "/mac", ask).code == "key_destroyed"
+
+
 def test_one_line_of_the_audit_log_has_key_and_count_refused_or_not(daemon: LiveDaemon) -> None:
     key_id = new_key(daemon, purpose="mac")
     before = len(daemon.events("mac"))

@@ -138,6 +138,10 @@ RECORDINGS: Final = {
         post("decrypt/spring", {"batch_input": [{"ciphertext": "{one}"}]}, batch_results=list),
         post("keys/spring/config",
              {"deletion_allowed": None, "min_decryption_version": 1, "min_encryption_version": None}),
+        post("keys/spring-macs", {"type": "hmac"}),
+        post("hmac/spring-macs", {"input": HI}, "mac", hmac=V1),
+        post("hmac/spring-macs", {"algorithm": "sha2-256", "key_version": "1", "input": HI}, hmac=V1),
+        post("verify/spring-macs", {"input": HI, "hmac": "{mac}", "hash_algorithm": "sha2-256"}, valid=True),
         Exchange("POST", "auth/token/renew-self", status=400),  # so it logs in again
     )),
 }  # fmt: skip

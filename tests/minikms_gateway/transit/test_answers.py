@@ -38,6 +38,7 @@ def ciphertexts(vault: Vault) -> dict[str, str]:
     vault.post(f"keys/{KEY}")
     vault.post(f"keys/{OTHER}")
     vault.post(f"keys/{DERIVED}", {"derived": True})
+    vault.post("keys/macs", {"type": "hmac"})
     made = {"v1": vault.encrypt(KEY), "aad": vault.encrypt(KEY, associated_data=AAD), "other": vault.encrypt(OTHER)}
     vault.post(f"keys/{KEY}/rotate")
     record = made["v1"].removeprefix("vault:v1:")
@@ -84,7 +85,7 @@ def replay(vault: Vault, headers: tuple[str, ...], exchanges: tuple[Exchange, ..
         for name, wanted in exchange.takes.items():
             assert meets(data[name], wanted), (exchange, name, data[name])
         if exchange.keep:
-            kept[exchange.keep] = data["ciphertext"]
+            kept[exchange.keep] = data["hmac" if "hmac" in data else "ciphertext"]
 
 
 def meets(value: Any, wanted: Any) -> bool:

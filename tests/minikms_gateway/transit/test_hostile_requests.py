@@ -41,12 +41,13 @@ PATHS = """
     /V1/transit/encrypt/ours-key /v1/Transit/encrypt/ours-key /v1/transit2/encrypt/ours-key /v1/{mount}/encrypt/ours-key
     /v1/ns/transit/encrypt/ours-key /v2/transit/encrypt/ours-key /v1/auth/encrypt/ours-key
 """
+MAC = {"input": "aGk="}
 OF_TRANSIT = ("encrypt", "decrypt", "random", "keys")
 NATIVE = [verb.path.split("/")[1] for verb in api.VERBS]
 NOT_OURS = [
     *(f"/v1{verb.path}" for verb in api.VERBS),
     *(f"{name}/ours-key" for name in NATIVE if name not in OF_TRANSIT),
-    *(f"{name}/ours-key" for name in ("backup", "export/encryption-key", "sign", "verify", "hmac", "restore")),
+    *(f"{name}/ours-key" for name in ("backup", "export/encryption-key", "sign", "restore")),
     *(f"keys/ours-key/{name}" for name in ("import", "import_version", "soft-delete", "retire", "destroy", "{}")),
     *(f"/v1/sys/{name}" for name in ("seal", "unseal", "rotate", "step-down", "mounts/transit", "policy/x", "raw/x")),
     *(f"/v1/auth/{name}" for name in ("token/create", "token/revoke-self", "cert/login", "approle/login")),
@@ -100,6 +101,7 @@ def test_no_other_verb_can_be_reached_by_any_method(pair: Pair) -> None:
     [
         ("POST encrypt/{}", ENCRYPT), ("POST encrypt/{}", {"batch_input": [ENCRYPT, ENCRYPT]}),
         ("POST decrypt/{}", SHORT), ("POST decrypt/{}", {"batch_input": [SHORT]}), ("POST rewrap/{}", SHORT),
+        ("POST hmac/{}", MAC), ("POST verify/{}", {**MAC, "hmac": "vault:v1:aGk="}),
         ("POST datakey/plaintext/{}", {}), ("POST datakey/wrapped/{}", {}), ("GET keys/{}", None),
         ("POST keys/{}", {}), ("POST keys/{}/rotate", None), ("POST keys/{}/trim", {}), ("DELETE keys/{}", None),
         ("POST keys/{}/config", {"min_decryption_version": 1}),

@@ -112,6 +112,37 @@ def test_hvac_needs_the_same_context_and_associated_data(client: Any, key: str) 
             transit.decrypt_data(ciphertext=sealed, **(how | wrong))
 
 
+def test_hvacs_own_tests_of_hmac_hold(client: Any, key: str) -> None:
+    """A blind index: a MAC of each version verifies, under a name of the type hmac alone."""
+    transit, name = client.secrets.transit, f"{key}-macs"
+    made = client.write_data(f"transit/keys/{name}", data={"type": "hmac"})  # its create_key knows no such type
+    assert made["data"]["type"] == "hmac"
+    first = transit.generate_hmac(name=name, hash_input=PLAINTEXT, algorithm="sha2-256")["data"]["hmac"]
+    assert first.startswith("vault:v1:") and len(base64.b64decode(first[9:])) == 32
+    assert transit.generate_hmac(name=name, hash_input=PLAINTEXT)["data"]["hmac"] == first
+    transit.rotate_key(name=name)
+    second = transit.generate_hmac(name=name, hash_input=PLAINTEXT, key_version=2)["data"]["hmac"]
+    assert second.startswith("vault:v2:") and second[9:] != first[9:]
+    for mac in (first, second):
+        right = transit.verify_signed_data(name=name, hash_input=PLAINTEXT, hmac=mac, hash_algorithm="sha2-256")
+        assert right["data"]["valid"] is True
+    for how in ({"hash_input": ""}, {"hmac": first.replace(":v1:", ":v2:")}):
+        wrong = transit.verify_signed_data(**{"name": name, "hash_input": PLAINTEXT, "hmac": first, **how})
+        assert wrong["data"]["valid"] is False
+    calls: tuple[Make, ...] = (
+        lambda: transit.encrypt_data(name=name, plaintext=PLAINTEXT),
+        lambda: transit.decrypt_data(name=name, ciphertext=first),
+        lambda: transit.generate_data_key(name=name, key_type="plaintext"),
+        lambda: transit.generate_hmac(name=name, hash_input=PLAINTEXT, algorithm="sha2-512"),
+        lambda: transit.generate_hmac(name=name, hash_input=PLAINTEXT, key_version=1),
+        lambda: transit.verify_signed_data(name=name, hash_input=PLAINTEXT, signature=first),
+        lambda: client.write_data(f"transit/keys/{name}-2", data={"type": "hmac", "derived": True}),
+    )
+    for call in calls:
+        with pytest.raises(hvac.exceptions.InvalidRequest):
+            call()
+
+
 def test_what_is_not_offered_raises_what_hvac_means_by_it(client: Any, key: str) -> None:
     transit, raised = client.secrets.transit, hvac.exceptions
     calls = {
@@ -120,7 +151,7 @@ def test_what_is_not_offered_raises_what_hvac_means_by_it(client: Any, key: str)
         lambda: transit.create_key(name="new", key_type="ed25519"): raised.InvalidRequest,
         lambda: transit.create_key(name="new", derived=True, convergent_encryption=True): raised.InvalidRequest,
         lambda: transit.export_key(name=key, key_type="encryption-key"): raised.InvalidPath,
-        lambda: transit.generate_hmac(name=key, hash_input=PLAINTEXT): raised.InvalidPath,
+        lambda: transit.generate_hmac(name=key, hash_input=PLAINTEXT): raised.InvalidRequest,
         lambda: transit.sign_data(name=key, hash_input=PLAINTEXT): raised.InvalidPath,
         lambda: transit.read_key(name="nothing"): raised.InvalidPath,
         client.auth.token.renew_self: raised.InvalidRequest,

@@ -14,7 +14,7 @@ from minikms_gateway.transit.wire import Body, VaultError
 
 
 def key(name: str = "k", *numbers: int) -> TransitKey:
-    return TransitKey(name, False, {number: Version(f"id-{number}", 0) for number in numbers or (1,)})
+    return TransitKey(name, "data", {number: Version(f"id-{number}", 0) for number in numbers or (1,)})
 
 
 def test_only_the_latest_version_encrypts() -> None:

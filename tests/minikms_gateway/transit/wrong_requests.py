@@ -8,7 +8,9 @@ from __future__ import annotations
 from typing import Any, Final, NamedTuple
 
 KEY, DERIVED, OTHER = "orders", "tenants", "other"
-"""`orders` has two versions; `tenants` needs a context; `other` has one version; nobody made `unknown`."""
+"""`orders` has two versions; `tenants` needs a context; `other` has one version; nobody made `unknown`;
+`macs` is of the type hmac.
+"""
 HI: Final = "aGk="
 CONTEXT, AAD = "Y29udGV4dA==", "YWFk"
 
@@ -30,6 +32,8 @@ class Wrong(NamedTuple):
 _E: Final = "path_encrypt.go pathEncryptWrite"
 _D: Final = "path_decrypt.go pathDecryptWrite"
 _R: Final = "path_rewrap.go pathRewrapWrite"
+_H: Final = "path_hmac.go pathHMACWrite"
+_V: Final = "path_hmac.go pathHMACVerify"
 _K: Final = "path_datakey.go pathDatakeyWrite"
 _N: Final = "path_keys.go pathPolicyWrite"
 _C: Final = "path_keys_config.go pathKeysConfigWrite"
@@ -55,6 +59,7 @@ _BARE: Final = ((400, "illegal base64 data"), "without the place of the wrong le
 _NO: Final = "not offered"
 _ECHO: Final = "what a client sent is not sent back"
 _PATH: Final = "no path of ours, like any other"
+_ONE_USE: Final = "a key has one use"
 _KEEPS: Final = ((403, "no key is destroyed through the gateway…"), "a principal behind a proxy destroys nothing")
 
 WRONG: Final = (
@@ -154,6 +159,25 @@ WRONG: Final = (
           *_KEEPS),
     Wrong("GET export/encryption-key/orders", None, (400, "private key material is not exportable"),
           "path_export.go pathPolicyExportRead", (404, "unsupported path"), _PATH),
+    Wrong("hmac/unknown", {"input": HI}, (400, "encryption key not found"), _H),
+    Wrong("hmac/orders", {"input": HI}, (200, ""), _H, (400, "MACs need a key of the type hmac…"), _ONE_USE),
+    Wrong("hmac/macs", {}, (400, "missing input for HMAC"), _H),
+    Wrong("hmac/macs", {"input": "%"}, (400, "unable to decode input as base64: …"), _H, *_BARE),
+    Wrong("hmac/macs", {"batch_input": []}, (400, "missing batch input to process"), _H),
+    Wrong("hmac/macs", {"input": HI, "algorithm": "sha2-512"}, (200, ""), _H, (400, "unsupported algorithm…"), _NO),
+    Wrong("hmac/macs/sha2-512", {"input": HI}, (200, ""), _H, (404, "unsupported path"), _PATH),
+    Wrong("verify/macs", {"input": HI, "hmac": "abc"}, (400, "invalid HMAC to verify: no prefix"), _V,
+          (400, "invalid HMAC: no prefix"), "the text of the other forms"),
+    Wrong("verify/macs", {"input": HI, "hmac": "vault:v1"}, (400, "invalid HMAC: wrong number of fields"), _V),
+    Wrong("verify/macs", {"input": HI, "hmac": "vault:vx:aGk="},
+          (400, "invalid HMAC: version number could not be decoded"), _V),
+    Wrong("verify/macs", {"input": HI, "hmac": "vault:v2:aGk="}, (400, "invalid HMAC: version is too new"), _V),
+    Wrong("verify/macs", {"input": HI, "hmac": "vault:v0:aGk="},
+          (400, "cannot verify HMAC: version is too old (disallowed by policy)"), _V),
+    Wrong("encrypt/macs", {"plaintext": HI}, (400, "message encryption not supported for key type hmac"), _PE,
+          (400, "message encryption and decryption are not supported for key type hmac…"), "one text for both"),
+    Wrong("encrypt/orders", {"associated_data": AAD, "batch_input": [{"plaintext": HI}]}, (200, ""), _E,
+          (400, "context and associated_data stand in each item…"), "nothing that binds is dropped"),
     Wrong("GET encrypt/orders", None, (405, "unsupported operation"), _ROUTE),
     Wrong("encrypt/", {}, (400, "cannot write to a path ending in '/'"), "request_handling.go handleCancelableRequest",
           (404, "unsupported path"), _PATH),
