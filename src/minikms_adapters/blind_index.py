@@ -17,9 +17,9 @@ from sqlalchemy.sql import operators
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from minikms import api
-from minikms.client import MacItem
+from minikms_adapters.equality import Normalization, index_values, macs
 from minikms_adapters.errors import NotSearchableError
-from minikms_adapters.records import KmsClient, Place, Steps, ask_kms, bound
+from minikms_adapters.records import KmsClient
 from minikms_adapters.sqlalchemy import MYSQL, Encrypted
 
 _EQUALITY = (operators.eq, operators.ne, operators.in_op, operators.not_in_op, operators.is_, operators.is_not)
@@ -27,7 +27,8 @@ _EQUALITY = (operators.eq, operators.ne, operators.in_op, operators.not_in_op, o
 
 class BlindIndex(Encrypted):
     """A column of MACs. `key` names the key, as that of the encrypted column; a session fills it from the attribute
-    `source`. A read value is the MAC.
+    `source`. `normalization` says which texts are equal: `nfc`, `casefold`, or the same characters. A read value is the
+    MAC.
 
         email_index: Mapped[bytes] = mapped_column(BlindIndex(kms, key="users.email", source="email"), unique=True)
     """
@@ -36,9 +37,13 @@ class BlindIndex(Encrypted):
     comparable = True
     opens = False
 
-    def __init__(self, kms: KmsClient, *, key: str, source: str | None = None) -> None:
+    def __init__(
+        self, kms: KmsClient, *, key: str, source: str | None = None, normalization: Normalization = ""
+    ) -> None:
         super().__init__(kms, key=key)
         self.source = source
+        self.normalization = normalization
+        self.values = index_values("sqlalchemy", "sql", key, normalization)
 
     class Comparator(Encrypted.Comparator):
         def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
@@ -58,21 +63,7 @@ class BlindIndex(Encrypted):
 
     def sealed(self, values: Sequence[tuple[Encrypted, Any]]) -> list[bytes]:
         encoded = [kind.values.encode(kind.names, value) for kind, value in values]
-        return self.run(_macs([(place, plaintext) for _, place, plaintext in encoded]))
-
-
-def _macs(values: Sequence[tuple[Place, bytes]]) -> Steps[list[bytes]]:
-    found: dict[int, bytes] = {}
-    for thread in dict.fromkeys(place.thread for place, _ in values):
-        items = {
-            index: MacItem(plaintext=plaintext, aad=bound(place))
-            for index, (place, plaintext) in enumerate(values)
-            if place.thread == thread
-        }
-        key = yield ask_kms("get_or_create_dek_for_thread", thread, purpose="mac")
-        macs = yield ask_kms("mac", key.key_id, list(items.values()), thread_id=thread)
-        found |= zip(items, macs, strict=True)
-    return [found[index] for index in range(len(values))]
+        return self.run(macs([(place, plaintext) for _, place, plaintext in encoded]))
 
 
 @event.listens_for(Mapper, "before_insert")

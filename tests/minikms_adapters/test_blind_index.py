@@ -1,6 +1,7 @@
 """Blind indexes: what finds a row, what the database sees, and which statements are refused."""
 
 import asyncio
+import hashlib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_col
 from sqlalchemy.schema import CreateTable
 
 from minikms import AsyncClient, Client
+from minikms.client import MacItem
 from minikms_adapters import NotSearchableError, NotSupportedError
 from minikms_adapters.blind_index import BlindIndex
 from minikms_adapters.sqlalchemy import Encrypted, destroy_key
@@ -106,6 +108,51 @@ def test_the_database_sees_macs_that_differ_between_columns(engine: Engine, user
     assert none is None and third == fourth
     assert len({first, second, third}) == 3 and {len(each) for each in (first, second, third)} == {32}
     assert b"example.org" not in (tmp_path / "users.sqlite").read_bytes()
+
+
+def test_a_mac_is_bound_to_table_column_and_normalization(kms: Client, key: str) -> None:
+    """By docs/spec/adapters.md; without a normalisation it is that of earlier versions."""
+
+    def texts(*parts: str) -> bytes:
+        return b"".join(len(part.encode()).to_bytes(8, "big") + part.encode() for part in parts)
+
+    def column(normalization: Any, *names: str) -> tuple[bytes, ...]:
+        *schema, table, name = names
+        index = BlindIndex(kms, key=key, normalization=normalization)
+        kind: Any = sa.Table(table, sa.MetaData(), sa.Column(name, index), schema="".join(schema) or None).c[name].type
+        return tuple(kind.sealed([(kind, text) for text in (" Zoe\u0308 ", "zoë", "")]))
+
+    key_id = kms.get_or_create_dek_for_thread(f"sql.{key}", purpose="mac").key_id
+
+    def expected(framework: str, names: tuple[str, ...], *values: str) -> tuple[bytes, ...]:
+        aad = b"minikms-adapters 1\0" + hashlib.sha256(texts(f"sql.{key}", framework, *names)).digest()
+        return tuple(kms.mac(key_id, [MacItem(plaintext=value.encode(), aad=aad) for value in values]))
+
+    seen: set[bytes] = set()
+    for names in (("users", "email"), ("users", "mail"), ("people", "email"), ("casefold 1", "users", "email")):
+        for normalization, framework, values in (
+            ("", "sqlalchemy", (" Zoe\u0308 ", "zoë", "")),
+            ("nfc", "sqlalchemy nfc 1", ("Zoë", "zoë", "")),
+            ("casefold", "sqlalchemy casefold 1", ("zoë", "zoë", "")),
+        ):
+            macs = column(normalization, *names)
+            assert macs == expected(framework, names, *values)
+            assert not seen & set(macs)
+            seen |= set(macs)
+
+
+def test_a_second_index_is_filled_by_the_loop_of_the_page(engine: Engine, user: Any) -> None:
+    """Also after an end half-way: a commit is a batch."""
+    with Session(engine) as session:
+        missing = select(user).where(user.name_index.is_(None), user.email.is_not(None)).limit(1)
+        session.execute(update(user).values(name_index=None))
+        for _ in range(2):
+            [each] = session.scalars(missing).all()
+            each.name_index = each.email
+            session.commit()
+            session.expire_all()
+        assert session.scalars(missing).all() == []
+        assert session.scalars(select(user.email).where(user.name_index == BOB)).all() == [BOB]
 
 
 def test_other_uses_of_an_index_are_refused(engine: Engine, user: Any) -> None:
