@@ -129,7 +129,9 @@ def found_socket(given: str | None, *, look: bool = True) -> str | None:
     named = given or next(filter(None, map(os.environ.get, SOCKET_VARIABLES)), None)
     if named or not look:
         return named
-    places = [path for path in OWN_SOCKETS if _is_own(path)] + [PACKAGE_SOCKET] * os.path.lexists(PACKAGE_SOCKET)
+    places = [path for path in OWN_SOCKETS if is_own(path, stat.S_ISSOCK)] + [PACKAGE_SOCKET] * os.path.lexists(
+        PACKAGE_SOCKET
+    )
     if not places:
         return None
     say_chosen("--socket", places[0])
@@ -158,15 +160,15 @@ def wants_json() -> bool:
     return "--json" in sys.argv[1:]
 
 
-def _is_own(path: str) -> bool:
-    """Whether it is a socket of this user, below directories of this user that no other one can write to."""
+def is_own(path: str, has_kind: Callable[[int], bool]) -> bool:
+    """Whether it is of this user and kind, below directories of this user that no other one can write to."""
     parts = path.split("/")
     try:
         found = [os.lstat("/".join(parts[:count])) for count in range(1, len(parts) + 1)]
     except OSError:
         return False
     closed = all(stat.S_ISDIR(entry.st_mode) and not entry.st_mode & _WRITABLE_BY_OTHERS for entry in found[:-1])
-    return closed and stat.S_ISSOCK(found[-1].st_mode) and {entry.st_uid for entry in found} == {os.geteuid()}
+    return closed and has_kind(found[-1].st_mode) and {entry.st_uid for entry in found} == {os.geteuid()}
 
 
 def new_app(name: str, about: str, epilogue: str) -> App:

@@ -6,6 +6,7 @@ takes writes, it reaches its key service, and the key service reports no fault.
 
 from __future__ import annotations
 
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from minikms import api
 from minikms.api.errors import KmsError
 from minikms.client import Client
 from minikms.commands.output import counted, print_result
-from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_serving, found_socket
+from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_serving, found_socket, is_own, say_chosen
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_config
 from progressdb_server.config import Config
@@ -28,6 +29,8 @@ KMS_TIMEOUT_S: Final = 3.0
 """A key service that hangs must not make this command hang."""
 
 
+_OWN_DIRECTORY: Final = "data"
+"""The data directory of the README's server."""
 _NOT_WORKING: Final = {"writes": "it takes no writes", "key_service": "its key service does not work"}
 
 
@@ -42,10 +45,15 @@ def status(
 ) -> int:
     """Show the server and its key service on one page. The configuration must be the one of the server.
 
-    Without a configuration the key service is looked for where `minikms` does.
+    Without a configuration the server's directory is `data`, if that is there, and the key service is looked for where
+    `minikms` does.
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
+    chosen = load_config(db=db, config=config, with_data=False).config
+    if url is None and not chosen.storage.db_path and not chosen.store.url and is_own(_OWN_DIRECTORY, stat.S_ISDIR):
+        db = _OWN_DIRECTORY
+        say_chosen("--db", db)
     chosen = load_config(db=db, config=config, with_data=url is None).config
     if not _knows_key_service(chosen) and (found := found_socket(None)):
         chosen = replace(chosen, kms=replace(chosen.kms, socket=found))

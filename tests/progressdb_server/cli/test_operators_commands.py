@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,13 @@ import pytest
 from minikms.commands.usage import CommandError
 from progressdb_server.cli import backup
 from progressdb_server.cli.admin_client import AdminClient
-from progressdb_server.config import Config
+from progressdb_server.cli.status import status
+from progressdb_server.config import Config, ConfigMissingError
 from progressdb_server.store.model import StoreLockedError
 from tests import needs
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
+from tests.harness.ports import free_port
 from tests.progressdb_server.api.asgi_client import ADMIN
 from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.real_server import real_server
@@ -90,6 +93,19 @@ def test_status_of_an_address_needs_no_data_directory(tmp_path: Path) -> None:
         done = progressdb(*words, PROGRESSDB_API_ADMIN_KEYS=ADMIN)
         assert done.returncode == 0, done.stderr
         assert "server       ok" in done.stdout and "key service  not asked: give --db" in done.stdout
+
+
+def test_status_finds_the_directory_of_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["progressdb", "status"])
+    monkeypatch.setenv("PROGRESSDB_ADDR", f"127.0.0.1:{free_port()}")
+    with pytest.raises(ConfigMissingError):
+        status()
+    (tmp_path / "data").mkdir(mode=0o700)
+    assert status() == 2  # no server runs
+    assert capsys.readouterr().err.startswith("progressdb: --db is not given: data is used\n")
 
 
 def test_a_variable_leads_no_configured_command_to_another_server(monkeypatch: pytest.MonkeyPatch) -> None:
