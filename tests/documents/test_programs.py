@@ -68,7 +68,7 @@ def runs_twice(python: Path, directory: Path, source: str, printed: str) -> None
 @contextmanager
 def key_service(directory: Path) -> Iterator[None]:
     """Begun by the commands of the README's section, in a directory with `.venv`, whose programs are on PATH."""
-    section = README.read_text("utf-8").partition("### miniKMS alone")[2]
+    section = README.read_text("utf-8").partition("## miniKMS alone")[2]
     commands = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     assert commands
     shell = subprocess.Popen(
