@@ -29,10 +29,13 @@ NOT_DELETED: Final = "the thread's records do not say that it was deleted"
 
 
 class SeenClock(msgspec.Struct):
-    """Unix nanoseconds: when the clock was last believed, and when it was first seen ahead of that, 0 for not."""
+    """When the clock was last believed, and the last look at one that is ahead of that (0: it is not), in Unix
+    nanoseconds; how long the server has run since the clock went ahead.
+    """
 
     believed_ns: int
     ahead_ns: int
+    waited_ns: int = 0
 
 
 class Purging:

@@ -9,8 +9,8 @@ Owns: the conditions and their order. Invariants:
 - Only keys of purpose `thread` that are of this thread, says the key service, are destroyed; on a shared key service
   only those that open a record, or that the row of a job names. Backups of the store do not delay it: they are erased
   too.
-- A clock that went forward begins no purge for a day, in which an operator may correct it. A restart neither ends nor
-  renews the day.
+- A clock that went forward begins no purge until the server has run for a day, in which an operator may correct it.
+  The time is added up over restarts, by a clock that nobody sets.
 - The row is the receipt (`Job.receipt`), and stays as long as other rows.
 """
 
@@ -41,7 +41,8 @@ from progressdb_server.store.model import (
 
 CHUNK_RECORDS: Final = 128
 DAY_NS: Final = 86_400 * 1_000_000_000
-"""A clock that goes forward by more, since the newest record or while the server runs, is believed a day later."""
+"""A clock that goes forward by more, since the newest record or the last look, is believed after so much running time.
+"""
 NAMED_MAX: Final = 32
 """Keys, and backups, that a receipt names; it counts all."""
 PURGED: Final = "the thread is purged"
@@ -71,12 +72,9 @@ class ThreadPurge(Kind):
         self._after_s = after_s
         self._exclusive = exclusive
         self._boot_ns = boot_ns
-        self._started_ns = boot_ns()
-        self._ahead_ns: int | None = None
-        """Of the last look, the clock's lead over `boot_ns`."""
+        self._looked_ns = boot_ns()
+        """When the clock was looked at last, or the server was started, by `boot_ns`."""
         self._newest_ns = store.rekeying.newest_ns or self._table.now_ns()
-        self._believed_ns = 0
-        """From when on, by `boot_ns`, the clock is believed."""
 
     @property
     def _before_ns(self) -> int:
@@ -85,17 +83,15 @@ class ThreadPurge(Kind):
     async def _believes_clock(self) -> bool:
         now_ns, boot_ns = self._table.now_ns(), self._boot_ns()
         known = await self._store.purging.clock() or SeenClock(self._newest_ns, 0)
-        restarted = self._ahead_ns is None
-        last_ns = known.believed_ns - self._started_ns if self._ahead_ns is None else self._ahead_ns
-        if now_ns - boot_ns > last_ns + DAY_NS:
-            waited_ns = now_ns - known.ahead_ns
-            if not (restarted and 0 <= waited_ns < 2 * DAY_NS):  # else an earlier run has seen it
-                waited_ns = 0
-                await self._store.purging.keep_clock(SeenClock(known.believed_ns, now_ns))
-            self._believed_ns = boot_ns + DAY_NS - waited_ns
-        if believes := boot_ns >= self._believed_ns:
-            await self._store.purging.keep_clock(SeenClock(now_ns, 0))
-        self._ahead_ns = now_ns - boot_ns
+        ran_ns = boot_ns - self._looked_ns
+        passed_ns = now_ns - (known.ahead_ns or known.believed_ns)
+        jumps = passed_ns > ran_ns + DAY_NS
+        # At most what has passed: another server may have counted a part of it.
+        waited_ns = 0 if jumps else known.waited_ns + max(0, min(ran_ns, passed_ns))
+        believes = not jumps and (not known.ahead_ns or waited_ns >= DAY_NS)
+        seen = SeenClock(now_ns, 0) if believes else SeenClock(known.believed_ns, now_ns, waited_ns)
+        await self._store.purging.keep_clock(seen)
+        self._looked_ns = boot_ns
         return believes
 
     async def begin(self) -> None:
