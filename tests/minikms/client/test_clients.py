@@ -425,7 +425,7 @@ def test_a_call_is_repeated_while_the_service_is_full(use: Use) -> None:
     with hostile(*[[FULL]] * 400) as server:
         [full] = use(server.path, CREATE_CALL, wait_s=0, timeout_s=0.2)
         assert (type(full), full.status) == (errors.TooManyError, 503)
-        assert server.connections > 2
+        assert server.connections > 1
 
 
 def test_a_request_that_is_too_large_is_not_repeated(use: Use) -> None:

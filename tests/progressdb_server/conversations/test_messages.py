@@ -20,6 +20,7 @@ from progressdb_server.store.model import (
     StoreUnavailableError,
     ThreadDeletedError,
 )
+from tests.harness.waiting import until
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import TickingClock, bodies, fill, messages_of, opened, versions_of
 from tests.progressdb_server.store.sealing_provider import SealingProvider
@@ -310,12 +311,12 @@ async def test_long_messages_that_wait_for_the_key_service_are_bounded_in_sum(ve
                 waiting = [asyncio.create_task(store.reading.message(one.id)) for one in made]
             else:
                 waiting = [asyncio.create_task(store.messages.set_reaction(one.id, "ann", "+1")) for one in made]
+            await until(lambda: provider.held > 0)
             for _ in range(100):
                 await asyncio.sleep(0.001)  # until nothing more happens
             held_bytes, _ = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-        assert provider.held > 0
         assert held_bytes < 8 * reading_room.LONG_READS_COUNT_MAX * len(LONG)
         provider.go_on.set()
         assert [len(message.body) for message in await asyncio.gather(*waiting)] == [len(LONG) + 2] * asked
