@@ -51,7 +51,7 @@ TRACE = "trace=" + ",".join(f"?{call}" for call in CALLS)
 SCENARIOS = ("replace", "create", "many", "remove", "destroy", "rewrap", "replay", "creates", "follow")
 POINTS_AT_ONCE = 2
 SLICE = {
-    "replace": 3, "create": 4, "many": 8, "remove": 3, "destroy": 18, "rewrap": 23, "replay": 15, "creates": 23,
+    "replace": 4, "create": 6, "many": 12, "remove": 5, "destroy": 27, "rewrap": 34, "replay": 23, "creates": 34,
     "follow": 17,
 }  # fmt: skip
 """The normal suite takes every n-th point."""
