@@ -98,6 +98,7 @@ class LongestFirst(LoadScopeScheduling):  # type: ignore[misc]  # xdist has no t
         return ending
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LongestFirst | None:
     return LongestFirst(config, log) if config.getoption("dist") == "loadscope" else None
 
