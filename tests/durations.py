@@ -18,7 +18,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 PATH = Path(__file__).with_name("durations.txt")
-QUICK_SHARE = 0.03
+QUICK_SHARE = 0.02
 """`make quick` runs the shortest functions, as many as take this share of all seconds in the file."""
 SMOKE = "tests/whole/test_smoke.py"
 """Always quick: one test for each program."""
