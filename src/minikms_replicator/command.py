@@ -7,7 +7,6 @@ else to standard error; only `init` and `reset` need the role that owns the tabl
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, TypeVar
@@ -177,6 +176,7 @@ def _problems(config: Path) -> list[str]:
     from minikms.api import ASK_POSITION, MEMBER_SILENT_SECONDS
     from minikms.api.errors import ForbiddenError, KmsError, StartError
     from minikms.client import Client
+    from minikms.platform import clock
     from minikms_replicator.config import Files
 
     found = Files(config).config()
@@ -202,7 +202,7 @@ def _problems(config: Path) -> list[str]:
         problems.append("the policy of the daemon grants this user no role `replicate`")
     except KmsError as error:
         problems.append(f"the daemon: {error}")
-    if not hasattr(time, "CLOCK_BOOTTIME"):
+    if not clock.COUNTS_SUSPENSION:
         problems.append("this system has no CLOCK_BOOTTIME: a host that was suspended would not see its lease end")
     return problems
 

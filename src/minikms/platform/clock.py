@@ -11,8 +11,10 @@ from datetime import datetime
 from typing import Final
 
 HOUR_NS: Final = 3600 * 1_000_000_000
+COUNTS_SUSPENSION: Final = hasattr(time, "CLOCK_BOOTTIME")
+"""Whether `boot_ns` goes on while the machine is suspended."""
 _BOOT_CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
-"""CLOCK_MONOTONIC where a system has no CLOCK_BOOTTIME; neither can be set."""
+"""Neither can be set."""
 
 
 def now_ns() -> int:
