@@ -351,7 +351,7 @@ async def test_a_full_disk_of_a_follower_is_no_fork(tmp_path: Path, monkeypatch:
         await both.b.follow()
         await both.a.one.make(3)
         (first,) = both.parts()
-        await both.a.one.make(3)
+        await changed(both)
         (second,) = both.parts()
         with failing_os(monkeypatch, "write"):
             for request in (first, second):
