@@ -135,6 +135,21 @@ class Backups:
             raise
         self.newest_ns = int(newest[len(keyspace.BACKUPS) :]) if newest else 0
 
+    async def damage_of_newest(self) -> str:
+        """Why the newest backup can't be restored, as far as its manifest and the lengths of its files show; empty if
+        nothing is wrong, and where this server makes no backups. Raises StoreUnavailableError."""
+        if self._backing_up or not self._engine.makes_backups or not self.newest_ns > 0:
+            return ""
+        raw = await self._reads.get(keyspace.backup(int(self.newest_ns)))
+        if raw is None:
+            return "the newest is not registered any more"
+        known = msgspec.json.decode(raw, type=RegisteredBackup)
+        try:
+            await asyncio.to_thread(check_lengths, known.path)
+        except BackupError as error:
+            return str(error)
+        return ""
+
     async def forget(self, name: str) -> list[RegisteredBackup]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
         had. Raises BackupNotFoundError, BackupThereError."""
@@ -235,6 +250,17 @@ def read_manifest(path: str) -> Manifest:
     if any(os.path.basename(file.name) != file.name or file.name in ("", ".", "..") for file in manifest.files):
         raise BackupError(f"{path}: the manifest names a file outside the backup")
     return manifest
+
+
+def check_lengths(path: str) -> None:
+    """Raises BackupError unless every file of the manifest is there, with its length."""
+    for file in read_manifest(path).files:
+        try:
+            length = os.stat(os.path.join(path, STORE, file.name)).st_size
+        except OSError as error:
+            raise BackupError(f"{path} is not whole: {error.strerror} ({file.name})") from error
+        if length != file.bytes:
+            raise BackupError(f"{path}: {file.name} is not what was backed up")
 
 
 def verify(path: str) -> Manifest:

@@ -1,6 +1,8 @@
 """Sessions of the viewer: who gets one, for how long, and what a form of another site can do."""
 
+import os
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 from minikms import Client
 from progressdb_server.api.viewer import sessions
-from progressdb_server.api.viewer.routes import LOGIN_BURST
+from progressdb_server.api.viewer.routes import JOBS_SHOWN_MAX, LOGIN_BURST
 from progressdb_server.api.viewer.sessions import Sessions, same
 from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signed
@@ -281,6 +283,32 @@ def test_the_overview_names_what_needs_a_look_and_the_command(server: RealServer
     live = inside("/viewer/?part=live").text
     assert "<h2>What there is</h2>" in live and "<header>" not in live
     assert "The last day" in inside("/viewer/?period=day").text
+
+
+def test_a_backup_that_was_cut_or_removed_is_not_well(server: RealServer, inside: ViewerClient) -> None:
+    assert server("POST", "/admin/store_backup", {"name": "cut"}, key=ADMIN).status == 200
+    assert "this warns" in inside("/viewer/").text
+    path = server.db / "backups" / "cut"
+    largest = max((path / "store").iterdir(), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size - 1)
+    assert f"{largest.name} is not what was backed up" in inside("/viewer/").text
+    shutil.rmtree(path)
+    assert "cut is no complete backup" in inside("/viewer/").text
+
+
+def test_a_job_that_stands_still_is_shown_however_many_newer_ones_there_are(
+    server: RealServer, inside: ViewerClient
+) -> None:
+    thread = server("POST", "/v1/messages", {"author": "ann", "body": 1}).json["thread"]
+    for number in range(9):
+        server("POST", "/v1/messages", {"author": "ann", "body": number, "thread": thread})
+    sent = {"thread_id": thread, "records_per_second": 1}
+    job = server("POST", "/admin/rotate_thread_dek", sent, key=ADMIN).json["job_id"]
+    assert server("POST", f"/admin/jobs/{job}/pause", key=ADMIN).status == 200
+    for _ in range(JOBS_SHOWN_MAX):
+        other = server("POST", "/v1/messages", {"author": "ann", "body": 1}).json["thread"]
+        assert server("POST", "/admin/rotate_thread_dek", {"thread_id": other}, key=ADMIN).status == 202
+    assert f"<code>progressdb jobs resume {job}</code>" in inside("/viewer/").text
 
 
 def test_a_key_is_shown_with_what_holds_it_and_the_command(server: RealServer, inside: ViewerClient) -> None:

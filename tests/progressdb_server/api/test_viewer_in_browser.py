@@ -118,9 +118,29 @@ def test_a_running_job_is_followed_without_reloading(server: RealServer, page: B
     page.until("document.querySelector('#part [data-label=State]').textContent.trim() === 'done'")
     assert page.evaluate("window.kept")
     assert page.evaluate("document.querySelector('#part progress').value") == 100
-    assert page.until("document.getElementById('live').textContent === 'All jobs are finished.'")
+    assert page.until("document.querySelector('#part [role=status]').textContent.startsWith('None of these jobs')")
     page.go(url(server, f"/viewer/threads/{thread}"))
     assert begun.json["new_key"] in page.evaluate("document.querySelector('article footer').textContent")
+
+
+def test_a_page_says_that_the_server_is_away_and_that_the_session_has_ended(server: RealServer) -> None:
+    with Browser() as browser:
+        browser.go(url(server, "/viewer/"))
+        browser.evaluate(f"document.getElementById('key').value = {ADMIN!r}")
+        browser.follow("document.forms[0].submit()")
+        browser.go(url(server, "/viewer/jobs"))
+        assert browser.evaluate("getComputedStyle(document.getElementById('stale')).visibility") == "hidden"
+        browser.call("Network.enable")
+        offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        browser.call("Network.emulateNetworkConditions", offline=True, **offline)
+        browser.until("document.getElementById('stale').textContent.startsWith('The server does not answer')")
+        browser.call("Network.emulateNetworkConditions", offline=False, **offline)
+        browser.until("document.getElementById('stale').textContent === ''")
+        browser.evaluate(
+            "fetch('/viewer/logout', {method: 'POST', redirect: 'manual', "
+            "body: new URLSearchParams({csrf: document.querySelector('[name=csrf]').value})})"
+        )
+        browser.until("document.getElementById('stale').textContent.startsWith('The session has ended')")
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(320, "light"), (390, "dark"), (1100, "light")])

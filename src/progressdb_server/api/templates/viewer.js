@@ -11,23 +11,30 @@
   localTimes(document);
   const part = document.getElementById("part");
   if (!part) return;
+  let shownAt = Date.now();
+  const note = document.getElementById("stale");
+  const tell = (problem) => {
+    const seconds = Math.round((Date.now() - shownAt) / 1000);
+    note.textContent = problem && `${problem} What is shown is ${seconds} seconds old.`;
+    note.classList.remove("later");
+  };
   const refresh = async () => {
     try {
       if (!document.hidden) {
-        const answer = await fetch(part.dataset.part, { credentials: "same-origin", redirect: "error" });
-        if (answer.ok) {
+        const answer = await fetch(part.dataset.part, { credentials: "same-origin", redirect: "manual",
+          signal: AbortSignal.timeout(10000) });
+        if (answer.type === "opaqueredirect") tell("The session has ended: log in again.");
+        else if (!answer.ok) tell("The server answers with an error.");
+        else {
           const page = new DOMParser().parseFromString(await answer.text(), "text/html");
           part.replaceChildren(...page.body.childNodes);
           localTimes(part);
-          const live = document.getElementById("live");
-          if (live) {
-            const working = part.querySelectorAll("[data-working]").length;
-            live.textContent = working ? `Unfinished jobs: ${working}. This page updates itself.` : "All jobs are finished.";
-          }
+          shownAt = Date.now();
+          tell("");
         }
       }
     } catch {
-      return; // the session has ended or the server is down: keep what was shown last
+      tell("The server does not answer.");
     }
     setTimeout(refresh, Number(part.dataset.every));
   };

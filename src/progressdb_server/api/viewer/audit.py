@@ -7,6 +7,8 @@ must never read the audit log itself.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final
@@ -37,6 +39,9 @@ BAD_TIME: Final = "a time is written as 2026-03-14T09:30, in UTC"
 BAD_NUMBER: Final = "a line has a number of at most 18 digits"
 CLOSED: Final = "it closed the connection: `users` of `[questions]` must name the user of this server"
 CONNECT_S_MAX: Final = 2.0
+ALARM_S_MAX: Final = 2.0
+ALARM_AGE_S: Final = 10.0
+"""How long a page waits for the auditor's alarm, and how long an answer counts."""
 DIGITS_MAX: Final = 18
 
 
@@ -48,10 +53,33 @@ class Auditor:
     def __init__(self, settings: config.ViewerSection) -> None:
         self._path = settings.audit_socket
         self._uids = settings.audit_server_uids or None
+        self._asking: asyncio.Task[None] | None = None
+        self._alarm = "It has not answered yet"
+        self._alarm_until_s = 0.0
 
     @property
     def is_configured(self) -> bool:
         return bool(self._path)
+
+    async def alarm(self) -> str | None:
+        """Why the audit log can't be relied on, as it said within ALARM_AGE_S; empty if the auditor signs, None where
+        none is configured."""
+        if not self.is_configured:
+            return None
+        if self._asking is None and time.monotonic() >= self._alarm_until_s:
+            self._asking = asyncio.get_running_loop().create_task(self._ask_alarm())
+        if self._asking is not None:
+            await asyncio.wait({self._asking}, timeout=ALARM_S_MAX)
+        return self._alarm
+
+    async def _ask_alarm(self) -> None:
+        try:
+            answer = await self.ask(AuditQuestion(before=1, asker="overview"))
+            self._alarm = f"It signs nothing: {answer.alarm}" if answer.alarm else ""
+        except AuditorError as error:
+            self._alarm = f"It can't be asked: {error}"
+        finally:
+            self._asking, self._alarm_until_s = None, time.monotonic() + ALARM_AGE_S
 
     async def ask(self, question: AuditQuestion) -> AuditAnswer:
         try:

@@ -1,7 +1,8 @@
 """The overview: is all well, and what has the server done lately.
 
-Owns: the parts that it names, each with a sentence and what to do; the charts. Invariants: it asks what `/readyz` asks
-and nothing more; a part of which nothing is known is not shown as well. It must never write.
+Owns: the parts that it names, each with a sentence and what to do; the charts. Invariants: it asks what `/readyz` asks,
+the auditor for its alarm, and the newest backup for the lengths of its files; a part of which nothing is known is not
+shown as well. It must never write.
 """
 
 from __future__ import annotations
@@ -19,10 +20,13 @@ from progressdb_server.api.viewer.history import DAY_S, HOUR_S, History, Point, 
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.states import UNFINISHED, Job
 from progressdb_server.metrics import KmsMetrics
+from progressdb_server.store.model import StoreUnavailableError
 
 BACKUP_OLD_S: Final = 26 * HOUR_S
 """A nightly backup is younger."""
-AUDITOR_OLD_S: Final = 120
+AUDITOR_OLD_S: Final = 30
+"""It reports every 5 s."""
+AUDITOR_LAG_LINES: Final = 10_000
 KEK_OLD_S: Final = 365 * DAY_S
 CHART_WIDTH: Final = 480
 CHART_HEIGHT: Final = 120
@@ -70,14 +74,21 @@ def totals(metrics: ApiMetrics, kms: KmsMetrics) -> Totals:
     )
 
 
-async def parts(store: Conversations, readiness: Readiness, jobs: Sequence[Job] | None, *, now_s: float) -> list[Part]:
-    """Each part of the service that this server knows of. `jobs`: None if they can't be read."""
+async def parts(
+    store: Conversations, readiness: Readiness, jobs: Sequence[Job] | None, alarm: str | None, *, now_s: float
+) -> list[Part]:
+    """Each part of the service that this server knows of. `jobs`: None if they can't be read. `alarm`: as in
+    `Auditor.alarm`."""
     writes, problem = await readiness.problems()
+    try:
+        damage = await store.backups.damage_of_newest()
+    except StoreUnavailableError as error:
+        damage = str(error)
     return [
         _store(writes, readiness.damage(), store.notices),
         _key_service(problem, readiness.kms),
-        *of_status(readiness.kms.last_status, now_s, known=not problem),
-        _backup(store, now_s),
+        *of_status(readiness.kms.last_status, now_s, known=not problem, alarm=alarm),
+        of_backup(store.backups.newest_ns / 1e9, now_s, damage=damage, registered=not store.engine.makes_backups),
         of_jobs(jobs),
     ]
 
@@ -103,8 +114,10 @@ def _key_service(problem: str, kms: KmsMetrics) -> Part:
     return Part("Key service", "bad", problem, "On its machine", "minikms doctor")
 
 
-def of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) -> Iterator[Part]:
-    """What the key service says of itself, unless it lets this server read no status."""
+def of_status(
+    status: api.StatusAnswer | None, now_s: float, *, known: bool, alarm: str | None = None
+) -> Iterator[Part]:
+    """What the key service says of itself, unless it lets this server read no status. `alarm`: of the auditor."""
     if status is None or not status.root.provider:
         return
     if warnings := status.warnings:
@@ -127,8 +140,16 @@ def of_status(status: api.StatusAnswer | None, now_s: float, *, known: bool) -> 
         )
     elif not known or position.age_seconds is None or position.age_seconds > AUDITOR_OLD_S:
         yield Part("Auditor", "bad", "It has not reported lately", "On its machine", "minikms-auditor status")
+    elif alarm:
+        yield Part("Auditor", "bad", alarm, "On its machine", "minikms-auditor status")
+    elif not position.seq or position.lag_lines > AUDITOR_LAG_LINES:
+        sentence = f"It has not taken {position.lag_lines:,} durable lines"
+        yield Part("Auditor", "warn", sentence, "On its machine", "minikms-auditor status")
+    elif alarm is None:
+        sentence = "It reports; whether it signs is not seen here, since viewer.audit_socket is not set"
+        yield Part("Auditor", "warn", sentence, "On its machine", "minikms-auditor status")
     else:
-        yield Part("Auditor", "good", f"It has taken all but {position.lag_lines:,} durable lines")
+        yield Part("Auditor", "good", f"It signs, and has taken all but {position.lag_lines:,} durable lines")
     yield from _kek(status, now_s)
 
 
@@ -166,22 +187,22 @@ def _kek(status: api.StatusAnswer, now_s: float) -> Iterator[Part]:
         yield Part("Key-encryption key (KEK)", state, f"The newest is {days:,} days old", "", command)
 
 
-def _backup(store: Conversations, now_s: float) -> Part:
-    if not store.engine.makes_backups:
-        return Part("Backup of the store", "good", "The database makes its own: see its tools")
-    newest_s = store.backups.newest_ns / 1e9
+def of_backup(newest_s: float, now_s: float, *, damage: str, registered: bool) -> Part:
+    """The newest backup. `newest_s`: Unix time, 0 without one, NaN if that can't be read. `registered`: the database
+    makes the backups, and this server knows only those that somebody has registered."""
+    name, command = "Backup of the store", f"progressdb backup {'register' if registered else 'create'} NAME"
     if math.isnan(newest_s):
-        return Part("Backup of the store", "warn", "It can't be read which ones there are", "", "progressdb doctor")
+        return Part(name, "warn", "It can't be read which ones there are", "", "progressdb doctor")
+    if not newest_s and registered:
+        return Part(name, "warn", "Those that the database makes are not seen here: none is registered", "", command)
     if not newest_s:
-        return Part("Backup of the store", "warn", "There is none", "Make one", "progressdb backup create NAME")
+        return Part(name, "warn", "There is none", "Make one", command)
+    if damage:
+        return Part(name, "bad", damage, "Make another one", command)
     hours = int((now_s - newest_s) // HOUR_S)
     if now_s - newest_s > BACKUP_OLD_S:
-        return Part(
-            "Backup of the store", "warn", f"The newest is {hours:,} hours old", "", "progressdb backup create NAME"
-        )
-    return Part(
-        "Backup of the store", "good", f"The newest is {hours:,} hours old; after {BACKUP_OLD_S // HOUR_S} this warns"
-    )
+        return Part(name, "warn", f"The newest is {hours:,} hours old", "", command)
+    return Part(name, "good", f"The newest is {hours:,} hours old; after {BACKUP_OLD_S // HOUR_S} this warns")
 
 
 def of_jobs(jobs: Sequence[Job] | None) -> Part:
@@ -191,7 +212,8 @@ def of_jobs(jobs: Sequence[Job] | None) -> Part:
     stands = next((job for job in jobs if job.state in ("failed", "paused")), None)
     if stands is not None:
         why = f": {stands.reason}" if stands.reason else ""
-        return Part("Jobs", "warn", f"One is {stands.state}{why}", "To go on", f"progressdb jobs resume {stands.id}")
+        verb = "show" if api.CODE_KEY_DESTROYED in stands.reason else "resume"  # a job without its key can't go on
+        return Part("Jobs", "warn", f"One is {stands.state}{why}", "", f"progressdb jobs {verb} {stands.id}")
     failed = next((job for job in working if job.failed), None)
     if failed is not None:
         return Part(

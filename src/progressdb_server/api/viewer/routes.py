@@ -78,6 +78,7 @@ LOGIN_BURST: Final = 10
 _LOGIN_FIELDS: Final = frozenset({"csrf", "key", "username"})
 """`username` is for password managers."""
 JOBS_SHOWN_MAX: Final = 50
+JOBS_READ_MAX: Final = 1000
 OPEN_S_MAX: Final = 5.0
 """How long a page waits for its records to be opened."""
 TEXT_CHARS_MAX: Final = 2000
@@ -212,9 +213,11 @@ class Viewer:
         stats: dict[str, int] = {}
         with contextlib.suppress(StoreUnavailableError):
             stats = await self._store.stats()
-            jobs = await self._newest_jobs()
+            jobs = await self._newest_jobs(standing=True)
         values = {
-            "parts": await overview.parts(self._store, self._readiness, jobs, now_s=time.time()),
+            "parts": await overview.parts(
+                self._store, self._readiness, jobs, await self._auditor.alarm(), now_s=time.time()
+            ),
             "charts": overview.charts(self._history, day=day),
             "day": day,
             "stats": stats,
@@ -275,8 +278,7 @@ class Viewer:
         jobs = await self._newest_jobs()
         if request.query_params.get("part") == "rows":
             return pages.page_response(pages.render("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
-        live = any(job.state in UNFINISHED for job in jobs)
-        return _page("jobs", session, jobs=jobs, percent=_percent, live=live)
+        return _page("jobs", session, jobs=jobs, percent=_percent)
 
     async def _keys_page(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """List keys, oldest first, by thread and state, or one by its id."""
@@ -327,13 +329,18 @@ class Viewer:
             verbs=sorted(verb.name for verb in api.VERBS),
         )
 
-    async def _newest_jobs(self) -> list[Job]:
+    async def _newest_jobs(self, *, standing: bool = False) -> list[Job]:
+        """With `standing` also older ones that have failed or are unfinished, among JOBS_READ_MAX."""
         jobs: list[Job] = []
+        read = 0
         async for page in self._jobs.table.newest():
-            jobs += page
-            if len(jobs) >= JOBS_SHOWN_MAX:
+            newest = max(0, JOBS_SHOWN_MAX - read)
+            jobs += page[:newest]
+            jobs += [job for job in page[newest:] if standing and (job.state == "failed" or job.state in UNFINISHED)]
+            read += len(page)
+            if read >= (JOBS_READ_MAX if standing else JOBS_SHOWN_MAX):
                 break
-        return jobs[:JOBS_SHOWN_MAX]
+        return jobs
 
     async def _status(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the status of the key service, or its last status."""
@@ -425,9 +432,9 @@ class Viewer:
 
 # --- helpers of the pages --------------------------------------------------------------------------------------
 def _percent(job: Job) -> int:
-    """Progress in percent; 100 for a finished job without records."""
+    """Progress in percent; 100 for a finished job without records. A record that failed is no progress."""
     total = max(job.total, job.done + job.failed)
-    return 100 * (job.done + job.failed) // total if total else 100 * (job.state == "done")
+    return 100 * job.done // total if total else 100 * (job.state == "done")
 
 
 def _text(body: object, chars_max: int | None) -> str:
