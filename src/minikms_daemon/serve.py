@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, TypeVar
 
+import cryptography.hazmat.backends.openssl.backend  # noqa: F401  else loaded with the first key
 import uvloop
 
 from minikms import api
@@ -40,7 +41,8 @@ from minikms.custody.vault import Vault
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
 from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, bound_warning, connections_bound
 from minikms.memory.arena import SecretArena
-from minikms.memory.process import Measure, harden, interpreter_paths
+from minikms.memory.imports import end_imports
+from minikms.memory.process import Measure, harden, library_paths
 from minikms.memory.signals import SignalReader
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.directory_lock import DataDirLock
@@ -123,6 +125,7 @@ def run(settings: Settings) -> None:
     ):
         open_process_files(settings.build)
         measures = _harden(settings, arena, listener)
+        end_imports()
         daemon = Daemon(
             settings=settings,
             policy=policy,
@@ -417,7 +420,7 @@ def _policy(settings: Settings) -> Policy:
 
 def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:
     pin, policy = settings.opening.pin, settings.policy
-    read = [*interpreter_paths(), *settings.root.read_paths]
+    read = [*library_paths(), *settings.root.read_paths]
     read += [*([] if pin is None else [str(pin.path)]), *([] if policy is None else [policy.directory])]
     write = _write_paths(settings, activated=listener.activated)
     return harden(arena, read=read, write=write, require=settings.require_hardening)

@@ -73,11 +73,6 @@ EXIT_GOOD: Final = 0
 EXIT_READER_LEFT: Final = 141
 """128 + SIGPIPE: the reader closed the pipe before it had all of the output."""
 
-COLLECTED_OBJECTS_MIN: Final = 100_000
-"""New objects between two garbage collections (gc.set_threshold) of a command: what it imports stays, and collecting
-that takes a tenth of its start.
-"""
-
 SOCKET_VARIABLE: Final = "MINIKMS_SOCKET"
 SOCKET_VARIABLES: Final = (SOCKET_VARIABLE, "PROGRESSDB_KMS_SOCKET")
 """The first that is set counts. The second one is the message server's too."""

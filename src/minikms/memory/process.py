@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 import resource
 import struct
 import sys
@@ -130,6 +131,17 @@ def name_thread(name: str) -> None:
     """Name the calling thread for `top -H` and the like: at most 15 bytes (PR_SET_NAME of prctl(2))."""
     if libc.LINUX:
         libc.library().prctl(_PR_SET_NAME, ctypes.c_char_p(name.encode()), 0, 0, 0)
+
+
+def library_paths() -> list[str]:
+    """Directories of the C library and of its loader, which may load a library of theirs when a thread ends. They have
+    no Python module, or none that a process without imports could use.
+    """
+    with open("/proc/self/maps", "rb") as file:
+        mapped = {os.fsdecode(line.split(None, 5)[-1].rstrip(b"\n")) for line in file if b"/" in line}
+    names = re.compile(r"(libc|ld)[-.]")
+    directories = {os.path.dirname(path) for path in mapped if names.match(os.path.basename(path))}
+    return sorted(directories | {"/etc/ld.so.cache"})
 
 
 def interpreter_paths() -> list[str]:

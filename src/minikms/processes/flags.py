@@ -16,6 +16,10 @@ from typing import Final, Literal, NoReturn
 
 DAEMON: Final = "minikms_daemon"
 BIND_VARIABLE: Final = "LD_BIND_NOW"
+COLLECTED_OBJECTS_MIN: Final = 100_000
+"""New objects between two garbage collections (gc.set_threshold) of a command: what it imports stays, and collecting
+that takes a tenth of its start.
+"""
 ALLOWED_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ALLOWED_UIDS"
 ADMIN_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_ADMIN_UIDS"
 UNLOCK_UIDS_VARIABLE: Final = "PROGRESSDB_MINIKMS_UNLOCK_UIDS"

@@ -25,7 +25,7 @@ def main() -> None:
         raise SystemExit(EXIT_MISSING) from None
     import gc
 
-    from minikms.commands.usage import COLLECTED_OBJECTS_MIN
+    from minikms.processes.flags import COLLECTED_OBJECTS_MIN
 
     gc.set_threshold(COLLECTED_OBJECTS_MIN)
     from progressdb_server.cli.command import run
