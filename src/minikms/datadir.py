@@ -40,10 +40,10 @@ from minikms.audit import AuditKey, AuditLog, ExpectedLog
 from minikms.audit.chain import Ed25519Signer, KeyState
 from minikms.audit.epochs import highest_epoch
 from minikms.audit.log import DEFAULT_LIMITS, FsyncPolicy, LogLimits
-from minikms.audit.queries import first_key
-from minikms.audit.reader import LOG_NAME, DamagedSegmentError
+from minikms.audit.reader import LOG_NAME, DamagedSegmentError, each_segment
 from minikms.audit.record import LineRef
 from minikms.audit.repair import IF_RESTORED, AuditKeys
+from minikms.audit.verify import Verifier
 from minikms.crypto.aead import NonceSource
 from minikms.crypto.records import DERIVED_KEYS_MAX
 from minikms.crypto.shares import SHARES_COUNT_MAX
@@ -411,10 +411,16 @@ def check_tombstones(destroyed: Tombstones, log: AuditLog) -> None:
 
 
 def oldest_audit_key(directory: str, unlocked: UnlockedKeyring) -> int:
-    """The version of the audit key that the first line of the log is under; 0 if that is not certain."""
+    """The version of the audit key that the first line of the log is under. 0 if that is not certain: no line verifies,
+    or it begins the log, since a former log that was moved aside may be under any key.
+    """
+    verifier = Verifier(audit_keys(unlocked).trust())
     with contextlib.suppress(DamagedSegmentError):
-        return first_key(directory, audit_keys(unlocked).trust())
-    return 0
+        for file in each_segment(directory):
+            verifier.feed(file.first_line())
+            break
+    begins = verifier.chain.head is not None and verifier.chain.head.seq == 1
+    return 0 if verifier.findings or begins else verifier.key.version
 
 
 def _raise_epoch(

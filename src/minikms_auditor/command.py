@@ -118,7 +118,7 @@ def prove(
 
     from minikms.api.errors import StartError
     from minikms.audit.export import NotInTreeError, open_tree
-    from minikms.audit.queries import line_of
+    from minikms.audit.reader import line_of
     from minikms_auditor.config import AuditorFiles
     from minikms_auditor.store import TREE_NAME
 

@@ -1,9 +1,9 @@
-"""Reading a whole log: find events, find one line, verify everything.
+"""Reading a whole log: find events, verify everything.
 
-Owns: what a query matches, which keys a thread had, the search for a line by its number, and feeding the files of a
-directory to the `Verifier`. Invariants: each file is read at most once, in bounded memory, beside a running daemon and
-without its lock; `find` does not verify what it reads; the findings that `verify_directory` adds are about whole files
-that are missing or damaged. It must never write, nor return a line that is malformed.
+Owns: what a query matches, which keys a thread had, and feeding the files of a directory to the `Verifier`. Invariants:
+each file is read at most once, in bounded memory, beside a running daemon and without its lock; `find` does not verify
+what it reads; the findings that `verify_directory` adds are about whole files that are missing or damaged. It must
+never write, nor return a line that is malformed.
 """
 
 from __future__ import annotations
@@ -25,14 +25,11 @@ from minikms.audit.reader import (
     SegmentFile,
     each_segment,
     list_segments,
-    newest_first,
+    segment_before,
 )
 from minikms.audit.record import Event, LineRef, MalformedLineError, line_start
 from minikms.audit.rules import Trust, VerificationReport
 from minikms.audit.verify import Verifier
-
-NEAR_BYTES: Final = 1024 * 1024
-"""A search for a line reads at most about this many bytes line by line: some milliseconds."""
 
 _PROGRESS_LINES = 10_000
 
@@ -182,50 +179,6 @@ def shows_every_creation(directory: str) -> bool:
     return False
 
 
-def first_key(directory: str, trust: Trust) -> int:
-    """The version of the audit key that the log's first line is under, where the lines before it were removed. 0 if
-    there is no line that verifies, or if it begins the log: a former log that was moved aside may be under any key.
-
-    Raises OSError, DamagedSegmentError.
-    """
-    verifier = Verifier(trust)
-    for file in each_segment(directory):
-        verifier.feed(file.first_line())
-        break
-    begins = verifier.chain.head is not None and verifier.chain.head.seq == 1
-    return 0 if verifier.findings or begins else verifier.key.version
-
-
-def line_of(directory: str, seq: int) -> bytes | None:
-    """The line with that number, not verified, or None. It reads one file: the newest that does not begin after it.
-
-    Raises OSError and DamagedSegmentError.
-    """
-    prefix = record.line_start(seq)
-    for file in newest_first(directory):
-        if record.peek_seq(file.first_line()) <= seq:
-            _seek_before(file, seq)
-            return next((line for line in file.lines() if line.startswith(prefix)), None)
-    return None
-
-
-def _seek_before(file: SegmentFile, seq: int) -> None:
-    """Seek to at most about `NEAR_BYTES` before the line `seq`, if the file has it: a start must not read it all."""
-    if file.compressed:
-        return
-    low, high = 0, file.size
-    while high - low > NEAR_BYTES:
-        middle = (low + high) // 2
-        file.seek(middle)
-        lines = file.lines()
-        next(lines, b"")  # the end of a line
-        if 0 < record.peek_seq(next(lines, b"")) <= seq:
-            low = middle
-        else:
-            high = middle
-    file.seek(low)
-
-
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the total, both as sizes on disk."""
 
@@ -314,21 +267,6 @@ class _Feeder:
         if self._progress is not None:
             done = self._before + file.position
             self._progress(done, max(done, self._total))
-
-
-def segment_before(directory: str, seq: int) -> int:
-    """Number of the segment before the one that holds line `seq`, according to the first lines of the files. Raises
-    OSError.
-    """
-    before = last = 0
-    for file in each_segment(directory):
-        with contextlib.suppress(DamagedSegmentError):
-            first = file.first_event()
-            if first is not None:
-                if first.seq > seq:
-                    break
-                before, last = last, file.number
-    return before
 
 
 def _bytes_on_disk(directory: str, after: int) -> int:

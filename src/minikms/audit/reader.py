@@ -1,9 +1,9 @@
 """The files of a log, and reading them as one sequence of lines while a daemon may write.
 
 Owns: the names of the files and their order, opening a file whatever its form, splitting it into lines, following the
-log, and reading its last lines. `minikms-audit.log` is the file being written. `minikms-audit.log.<n>` are the closed
-files (n counts from 1), `minikms-audit.log.<n>.zst` the same compressed. Both forms of one segment may exist for a
-moment, with the same content; the plain one counts. Invariants:
+log, finding a line by its number, and reading the last lines. `minikms-audit.log` is the file being written.
+`minikms-audit.log.<n>` are the closed files (n counts from 1), `minikms-audit.log.<n>.zst` the same compressed. Both
+forms of one segment may exist for a moment, with the same content; the plain one counts. Invariants:
 
 - Memory is bounded by one chunk and one line, whatever a file says about itself.
 - A file that is renamed or compressed meanwhile is read once and completely. The file being written is always read,
@@ -19,6 +19,7 @@ regular file, or touch a file of another name.
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
 import os
 import re
@@ -52,6 +53,8 @@ GROWTH_WAIT_S: Final = 0.1
 LINE_SKIPPED_BYTES_MAX: Final = 16 * 1024 * 1024
 """How much of a line that is too long is skipped to find the next line. A small file may unpack to terabytes."""
 LINES_AT_A_TIME: Final = 1000
+NEAR_BYTES: Final = 1024 * 1024
+"""A search for a line reads at most about this many bytes line by line: some milliseconds."""
 LAST_BYTES_MAX: Final = 64 * 1024 * 1024
 """Bound of what `last_lines` returns: a log may hold lines of 1 MiB."""
 
@@ -505,3 +508,48 @@ def _last_of(lines: Iterable[bytes], count: int) -> list[bytes]:
         while held_bytes > LAST_BYTES_MAX:
             held_bytes -= len(newest.popleft())
     return list(newest)
+
+
+def line_of(directory: str, seq: int) -> bytes | None:
+    """The line with that number, not verified, or None. It reads one file: the newest that does not begin after it.
+
+    Raises OSError and DamagedSegmentError.
+    """
+    prefix = record.line_start(seq)
+    for file in newest_first(directory):
+        if record.peek_seq(file.first_line()) <= seq:
+            _seek_before(file, seq)
+            return next((line for line in file.lines() if line.startswith(prefix)), None)
+    return None
+
+
+def _seek_before(file: SegmentFile, seq: int) -> None:
+    """Seek to at most about `NEAR_BYTES` before the line `seq`, if the file has it: a start must not read it all."""
+    if file.compressed:
+        return
+    low, high = 0, file.size
+    while high - low > NEAR_BYTES:
+        middle = (low + high) // 2
+        file.seek(middle)
+        lines = file.lines()
+        next(lines, b"")  # the end of a line
+        if 0 < record.peek_seq(next(lines, b"")) <= seq:
+            low = middle
+        else:
+            high = middle
+    file.seek(low)
+
+
+def segment_before(directory: str, seq: int) -> int:
+    """Number of the segment before the one that holds line `seq`, according to the first lines of the files. Raises
+    OSError.
+    """
+    before = last = 0
+    for file in each_segment(directory):
+        with contextlib.suppress(DamagedSegmentError):
+            first = file.first_event()
+            if first is not None:
+                if first.seq > seq:
+                    break
+                before, last = last, file.number
+    return before

@@ -35,8 +35,15 @@ from minikms.api.base64 import encode_text
 from minikms.api.errors import StartError
 from minikms.audit import chain, reader, record
 from minikms.audit.chain import AuditKey, Coverage, KeyState
-from minikms.audit.queries import line_of
-from minikms.audit.reader import DIRECTORY_MODE, LOG_NAME, NEXT_NAME, DamagedSegmentError, list_segments, segment_name
+from minikms.audit.reader import (
+    DIRECTORY_MODE,
+    LOG_NAME,
+    NEXT_NAME,
+    DamagedSegmentError,
+    line_of,
+    list_segments,
+    segment_name,
+)
 from minikms.audit.record import ACTOR_SELF, Event, Facts, LineRef, MalformedLineError
 from minikms.audit.rules import Trust
 from minikms.audit.verify import Verifier

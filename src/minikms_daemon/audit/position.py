@@ -18,8 +18,7 @@ from minikms import api
 from minikms.api.base64 import decode_canonical
 from minikms.api.errors import ConflictError, InvalidRequestError, KmsRefusedError, StorageUnavailableError
 from minikms.audit import record
-from minikms.audit.queries import line_of
-from minikms.audit.reader import LOG_NAME
+from minikms.audit.reader import LOG_NAME, line_of
 from minikms.audit.record import LineRef, MalformedLineError
 from minikms.platform import append_only
 

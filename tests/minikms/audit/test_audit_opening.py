@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import StartError
-from minikms.audit import ExpectedLog, queries, reader, record, repair, writer
+from minikms.audit import ExpectedLog, reader, record, repair, writer
 from minikms.audit.reader import each_segment
 from minikms.audit.record import LineRef
 from minikms_daemon.audit.maintenance import compress_closed
@@ -52,17 +52,17 @@ def snapshot(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir()) if path.is_file()}
 
 
-@pytest.mark.parametrize("near_bytes", [1, 300, 5000, queries.NEAR_BYTES])
+@pytest.mark.parametrize("near_bytes", [1, 300, 5000, reader.NEAR_BYTES])
 def test_a_line_is_found_by_its_number_in_any_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, near_bytes: int
 ) -> None:
-    monkeypatch.setattr(queries, "NEAR_BYTES", near_bytes)
+    monkeypatch.setattr(reader, "NEAR_BYTES", near_bytes)
     make_segments(tmp_path)
     compress_closed(str(tmp_path))
     lines = [line for file in each_segment(str(tmp_path)) for line in file.lines()]
     assert len(lines) > 60
-    assert [queries.line_of(str(tmp_path), number + 1) for number in range(len(lines))] == lines
-    assert queries.line_of(str(tmp_path), len(lines) + 1) is None
+    assert [reader.line_of(str(tmp_path), number + 1) for number in range(len(lines))] == lines
+    assert reader.line_of(str(tmp_path), len(lines) + 1) is None
 
 
 def test_a_line_near_the_end_is_found_without_reading_the_whole_file(
@@ -71,10 +71,10 @@ def test_a_line_near_the_end_is_found_without_reading_the_whole_file(
     """Otherwise a start with an expected line would take longer for a larger file."""
     make_log(tmp_path, 2000)
     lines = lines_of(tmp_path)
-    monkeypatch.setattr(queries, "NEAR_BYTES", 10_000)
+    monkeypatch.setattr(reader, "NEAR_BYTES", 10_000)
     monkeypatch.setattr(reader, "CHUNK_BYTES", 1000)
     before = bytes_read()
-    assert queries.line_of(str(tmp_path), len(lines) - 5) == lines[-6]
+    assert reader.line_of(str(tmp_path), len(lines) - 5) == lines[-6]
     read = bytes_read() - before
     assert 0 < read < 50_000 < (tmp_path / LOG).stat().st_size
 
