@@ -152,7 +152,9 @@ class Replicator:
 class Hosts:
     """`a` made the keyring, and fills the tables; `b` joins it. Only `a` has a replicator that runs at first."""
 
-    def __init__(self, base: Path, undo: contextlib.ExitStack) -> None:
+    def __init__(
+        self, base: Path, undo: contextlib.ExitStack, *, launcher: tuple[str, ...] = LAUNCHER, forked: bool = True
+    ) -> None:
         self.disk_b = undo.enter_context(small_disk(base / "b"))
         self.database, self._lock = ReplicaDatabase(), threading.Lock()
         self._undo = undo
@@ -162,12 +164,12 @@ class Hosts:
         policy.write_text(POLICY)
         flags = ("--policy", str(policy))
         (base / "a").mkdir()
-        self.a = undo.enter_context(LiveDaemon(base / "a", "file", *flags, launcher=LAUNCHER))
+        self.a = undo.enter_context(LiveDaemon(base / "a", "file", *flags, forked=forked, launcher=launcher))
         self.a.stop()
         root = os.urandom(32)
         join(self.a, base / "b" / "data", root)
         self.a.start()
-        self.b = undo.enter_context(LiveDaemon(base / "b", "file", *flags, launcher=LAUNCHER, root=root))
+        self.b = undo.enter_context(LiveDaemon(base / "b", "file", *flags, forked=forked, launcher=launcher, root=root))
         self.replicator_a, self.replicator_b = self.replicator(self.a), self.replicator(self.b)
 
     def replicator(self, daemon: LiveDaemon) -> Replicator:

@@ -1,0 +1,37 @@
+"""The process that holds the keys has loaded what docs/loaded.toml lists, in each configuration, and nothing later."""
+
+import sys
+from importlib import metadata
+
+import pytest
+
+from tests.minikms_daemon.loaded import BESIDE, expected_modules, loaded, read_list
+
+REWRITE = "run `python -m tests.minikms_daemon.loaded`, and read the difference"
+LINES_MAX = {"plain": 20_000, "policy": 20_000, "member": 20_000, "unlock": 20_000, "auditor": 20_000}
+"""Code lines of ours. A feature that nothing configures costs a reviewer none."""
+FOREIGN_LINES_MAX = 4_500
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads procfs")
+@pytest.mark.parametrize("configuration", BESIDE)
+def test_the_process_has_loaded_what_the_list_has(configuration: str) -> None:
+    """Own modules are the same everywhere. Foreign packages may have other versions, and fewer shared libraries are
+    loaded where a distribution compiles some of them into the interpreter."""
+    process, listed = loaded(configuration), read_list()
+    expected = expected_modules(configuration, listed)
+    own = process.own
+    assert own.keys() == expected.keys(), REWRITE
+    stale = {name: lines for name, lines in own.items() if abs(lines - expected[name]) > max(10, lines // 10)}
+    assert stale == {}, REWRITE
+    assert sum(own.values()) <= LINES_MAX[configuration]
+    assert process.foreign.keys() <= listed["foreign"].keys(), REWRITE
+    for package, lines in process.foreign.items():
+        about = listed["foreign"][package]
+        if about["lines"] and metadata.version(package) == about["version"]:
+            assert lines <= about["lines"], REWRITE
+    assert sum(process.foreign.values()) <= FOREIGN_LINES_MAX
+    assert process.libraries - set(listed["shared_libraries"]["names"]) == set(), REWRITE
+    assert process.late == []
+    denied = "PermissionError" if process.hardening["filesystem_restricted"] else ""
+    assert process.tried == {"show": "", "import": "ImportError", "read": denied}
