@@ -24,7 +24,7 @@ from concurrent.futures import Executor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import msgspec
 
@@ -61,7 +61,6 @@ from minikms.custody.journal import Journal, Replayed
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.log_directory import NAME as LOG_DIRECTORY_NAME
 from minikms.custody.log_directory import claim_log_directory, log_directory
-from minikms.custody.member import MemberDirectory
 from minikms.custody.tombstone_file import Tombstones, open_tombstones
 from minikms.custody.vault import CACHE_KEYS_MAX, Vault
 from minikms.keys import keyring, root_slots
@@ -77,6 +76,9 @@ from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile, RootProvider, provider_of
 from minikms.roots.sources import Source
 from minikms.roots.unlock_service import UnlockService
+
+if TYPE_CHECKING:
+    from minikms.custody.member import MemberDirectory
 
 KEYRING_SLOTS: Final = (
     2 * keyring.AUDIT_KEYS_COUNT_MAX
@@ -277,6 +279,10 @@ def open_for_service(
         )
         member = None
         if mark is not None:
+            try:
+                from minikms.custody.member import MemberDirectory  # in a daemon only if it started as a member
+            except ImportError:
+                raise StartError(f"{replica_file.NAME} was made while the daemon ran: restart it") from None
             member = MemberDirectory(vault, file, directory_fd=lock.directory_fd, disk=disk, mark=mark)
             vault.replicate(member)
         undo.pop_all()

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from typing import Any, Final, TypeVar
 
 import cryptography.hazmat.backends.openssl.backend  # noqa: F401  else loaded with the first key
@@ -36,6 +37,7 @@ from minikms.api.errors import (
 from minikms.api.printable import clean
 from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
+from minikms.custody import replica_file
 from minikms.custody.archive_register import ArchiveRegister
 from minikms.custody.vault import Vault
 from minikms.datadir import SERVICE_SLOTS, lock_data_dir
@@ -123,6 +125,7 @@ def run(settings: Settings) -> None:
         ) as listener,
         SecretArena(settings.opening.cache_keys_max + SERVICE_SLOTS) as arena,
     ):
+        load_configured(lock)
         open_process_files(settings.build)
         measures = _harden(settings, arena, listener)
         end_imports()
@@ -138,6 +141,13 @@ def run(settings: Settings) -> None:
         )
         sys.setswitchinterval(SWITCH_SECONDS)
         uvloop.run(daemon.serve())
+
+
+def load_configured(lock: DataDirLock) -> None:
+    """Loads what only some configurations need, before imports end."""
+    if replica_file.read(lock.directory_fd) is not None:
+        for name in ("minikms.custody.member", "minikms_daemon.replica.member"):
+            import_module(name)
 
 
 class _Steps(Coroutine[Any, Any, T]):

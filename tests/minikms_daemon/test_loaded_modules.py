@@ -5,9 +5,9 @@ from importlib import metadata
 
 import pytest
 
-from tests.minikms_daemon.loaded import BESIDE, expected_modules, loaded, read_list
+from tests.minikms_daemon.loaded_modules import BESIDE, expected_modules, loaded, read_list
 
-REWRITE = "run `python -m tests.minikms_daemon.loaded`, and read the difference"
+REWRITE = "run `python -m tests.minikms_daemon.loaded_modules`, and read the difference"
 LINES_MAX = {"plain": 20_000, "policy": 20_000, "member": 20_000, "unlock": 20_000, "auditor": 20_000}
 """Code lines of ours. A feature that nothing configures costs a reviewer none."""
 FOREIGN_LINES_MAX = 4_500

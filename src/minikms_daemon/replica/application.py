@@ -7,15 +7,23 @@ clients try each host.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from msgspec.json import Decoder
 
 from minikms import api
 from minikms.api.errors import StandbyError
 from minikms.http import Request, Response, raised_response
-from minikms.policy import Meters
+from minikms.policy import Meters, Principal
+from minikms_daemon.server import strictjson
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.application import Application
 from minikms_daemon.server.lagging import RefusingApplication
+from minikms_daemon.service.access import require
+from minikms_daemon.service.encoding import Reply, json_answer
+
+Act = Callable[[Principal, Request], Reply | Awaitable[Reply]]
 
 
 class StandbyApplication(RefusingApplication):
@@ -35,3 +43,29 @@ class StandbyApplication(RefusingApplication):
 
     def _refusal(self, session: Session | None) -> Response:
         return raised_response(StandbyError())
+
+
+def sealed_acts(
+    *,
+    follow: Callable[[api.ReplicaFollowRequest], Awaitable[object]],
+    grant: Callable[[api.ReplicaNextRequest], Awaitable[object]],
+    answer: Callable[[], object],
+) -> dict[str, dict[str, Act]]:
+    """What a sealed member answers to its replicator, by path and method."""
+    follows, grants = Decoder(api.ReplicaFollowRequest), Decoder(api.ReplicaNextRequest)
+    acts: dict[str, dict[str, Act]] = {}
+
+    async def answered(result: Awaitable[object]) -> Reply:
+        return json_answer(await result)
+
+    def of(verb: api.Verb[Any, Any], respond: Callable[[Request], Reply | Awaitable[Reply]]) -> None:
+        def act(who: Principal, request: Request) -> Reply | Awaitable[Reply]:
+            require(who, verb)
+            return respond(request)
+
+        acts[verb.path] = {verb.method: act}
+
+    of(api.REPLICA_FOLLOW, lambda request: answered(follow(strictjson.decode(follows, request.body))))
+    of(api.REPLICA_NEXT, lambda request: answered(grant(strictjson.decode(grants, request.body))))
+    of(api.REPLICA_STATUS, lambda request: json_answer(answer()))
+    return acts

@@ -44,18 +44,23 @@ from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import boot_ns
 from minikms.platform.logs import Log
 from minikms.policy import Meters
-from minikms_daemon.replica.application import StandbyApplication
+from minikms_daemon.replica.application import Act, StandbyApplication, sealed_acts
 from minikms_daemon.replica.state import MemberState, Move, Seals
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.application import Application
 from minikms_daemon.server.lease import SECOND_NS, Lease, LeasedApplication
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.encoding import Reply, json_answer
+from minikms_daemon.service.replicas import ReplicaVerbs
 
 if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
     from minikms.custody.replica_file import Mark
+    from minikms.custody.vault import Vault
+    from minikms.roots.pin import PinFile
     from minikms_daemon.server.parts import Parts, RunContext
+    from minikms_daemon.service.keks import KekVerbs
+    from minikms_daemon.service.root_removal import RootRemoval
 
 WATCH_SECONDS: Final = 0.1
 MARK_SECONDS: Final = 1.0
@@ -141,7 +146,25 @@ class Member:
     def _attended(self) -> bool:
         return self._parts is not None and bool(self._parts.vault.unlocked.audit.audit_origin)
 
-    def add_verbs(self, table: VerbTable) -> None:
+    def add_verbs(
+        self,
+        table: VerbTable,
+        *,
+        vault: Vault,
+        directory: MemberDirectory | None,
+        keks: KekVerbs,
+        removal: RootRemoval,
+        pin: PinFile | None,
+    ) -> None:
+        ReplicaVerbs(
+            vault=vault,
+            table=table,
+            keks=keks,
+            removal=removal,
+            seals=lambda: 0 if directory is None else directory.mark.seals,
+            pin=pin,
+        )
+
         async def sent(answer: Awaitable[object]) -> Reply:
             """Also while the audit log waits for this very replicator, or can't be written."""
             return Response(200, json_answer(await answer), uncommitted=True)
@@ -180,16 +203,25 @@ class Member:
             self._directory.stop_serving()
         self._parts = self._directory = None
 
-    async def seal_is_known(self) -> bool:
-        """Waits until the database has the seal that was asked for, at most SEAL_SECONDS_MAX."""
+    def sealed_acts(self) -> dict[str, dict[str, Act]]:
+        """What a sealed member answers to its replicator, by path and method."""
+        return sealed_acts(follow=self.follow, grant=self.next, answer=self.answer)
+
+    def ask_seal(self) -> int:
+        """The count of the seal that this host asks all others for."""
+        return self.seals.ask()
+
+    async def check_seal_known(self) -> None:
+        """Waits until the database has the seal that was asked for. Raises StorageUnavailableError after
+        SEAL_SECONDS_MAX.
+        """
         try:
             async with asyncio.timeout(SEAL_SECONDS_MAX):
                 while not self.seals.are_known:
                     self._seals_known.clear()
                     await self._seals_known.wait()
         except TimeoutError:
-            return False
-        return True
+            raise StorageUnavailableError(NOT_KNOWN) from None
 
     async def settled(self) -> None:
         """Returns when what was begun in the background has ended."""

@@ -10,8 +10,8 @@ anything else reads the body. It must never use a key.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final
 
 from msgspec import UNSET
 from msgspec.json import Decoder
@@ -22,7 +22,6 @@ from minikms.crypto.aead import scrub
 from minikms.http import Request, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.policy import Meters, Principal
-from minikms_daemon.replica.member import Member
 from minikms_daemon.seal.unlocking import SEALED_TEXT
 from minikms_daemon.seal.unseal import Unsealing
 from minikms_daemon.server import strictjson
@@ -46,7 +45,7 @@ def sealed_response(why: str = SEALED_TEXT) -> Response:
 
 class SealedApplication(AdmittingApplication):
     """The engine's application while the daemon is sealed: see `minikms.http`. `why`: as a sentence, with the error of
-    the unlock service or (False) without it.
+    the unlock service or (False) without it. `more`: what a member answers, by path and method.
     """
 
     def __init__(
@@ -60,7 +59,7 @@ class SealedApplication(AdmittingApplication):
         why: Callable[[bool], str],
         status: Callable[[], dict[str, object]],
         report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]],
-        member: Member | None,
+        more: Mapping[str, dict[str, Callable[[Principal, Request], Answer]]],
     ) -> None:
         super().__init__(admission, meters)
         self._arena = arena
@@ -74,9 +73,8 @@ class SealedApplication(AdmittingApplication):
             api.SEAL.path: {"POST": self._seal},
             api.UNSEAL.path: {"GET": self._unseal_status, "POST": self._unseal},
             api.REPORT_AUDIT_POSITION.path: {"POST": self._report_audit_position},
+            **more,
         }
-        if member is not None:
-            self._serve_replicator(member)
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
@@ -94,23 +92,6 @@ class SealedApplication(AdmittingApplication):
         if self._meters is not None:
             self._meters.end_turn()
         return True
-
-    def _serve_replicator(self, member: Member) -> None:
-        follow, grant = Decoder(api.ReplicaFollowRequest), Decoder(api.ReplicaNextRequest)
-
-        async def asked(answer: Awaitable[object]) -> Reply:
-            return json_answer(await answer)
-
-        def of(verb: api.Verb[Any, Any], answer: Callable[[Request], Answer]) -> None:
-            def act(who: Principal, request: Request) -> Answer:
-                require(who, verb)
-                return answer(request)
-
-            self._acts[verb.path] = {verb.method: act}
-
-        of(api.REPLICA_FOLLOW, lambda request: asked(member.follow(strictjson.decode(follow, request.body))))
-        of(api.REPLICA_NEXT, lambda request: asked(member.next(strictjson.decode(grant, request.body))))
-        of(api.REPLICA_STATUS, lambda request: json_answer(member.answer()))
 
     # --- the calls that are served -----------------------------------------------------------------------------------
 

@@ -12,12 +12,10 @@ from minikms.audit.record import LineRef
 from minikms.datadir import open_for_service
 from minikms.roots.providers import RootProvider
 from minikms_daemon.audit.position import AuditorPosition
-from minikms_daemon.replica.member import Member
-from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.seal.unlocking import Unlocking
 from minikms_daemon.server.admission import Admission
 from minikms_daemon.server.application import Seal
-from minikms_daemon.server.parts import Parts, RunContext
+from minikms_daemon.server.parts import Parts, Replica, RunContext
 
 
 class Opener:
@@ -29,7 +27,7 @@ class Opener:
         admission: Admission,
         seal: Seal,
         unlocking: Unlocking,
-        replica: Member | NoMember,
+        replica: Replica,
     ) -> None:
         self._process = process
         self._admission = admission

@@ -20,7 +20,7 @@ import contextlib
 import os
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from msgspec import UNSET
 
@@ -48,7 +48,6 @@ from minikms.roots.providers import RootProvider
 from minikms.roots.unlock_service import ReceivedKey
 from minikms.seal_files import Attempt, Lapse, LeaseEnd, Marker
 from minikms_daemon.audit.position import LogView, mac_of, view_on_disk
-from minikms_daemon.replica.member import NOT_KNOWN, Member
 from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.seal.application import SealedApplication, sealed_response
 from minikms_daemon.seal.opening import Opener
@@ -59,6 +58,9 @@ from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.parts import Parts, RunContext
 from minikms_daemon.server.status import sealed_status
 from minikms_daemon.service.encoding import Reply, json_answer
+
+if TYPE_CHECKING:
+    from minikms_daemon.replica.member import Member
 
 MARKER_RETRY_SECONDS: Final = 5.0
 AUDIT_RETRY_SECONDS: Final = 1.0
@@ -151,8 +153,7 @@ class SealableServer:
             lapse=self.lapse,
             body=lambda: None if self.parts is None else self.parts.vault.keyring.body,
         )
-        self._member = self._found_member()
-        self._replica: Member | NoMember = self._member or NoMember()
+        self._replica = self._found_replica()
         self._opener = Opener(process, self._admission, self.seal, self._unlocking, self._replica)
         self._reopening: asyncio.Task[None] | None = None
         self.unsealing = Unsealing(
@@ -167,7 +168,7 @@ class SealableServer:
             why=self._unlocking.why_sealed,
             status=self.status,
             report_audit_position=self.report_audit_position,
-            member=self._member,
+            more=self._replica.sealed_acts(),
         )
         self._lines = OwnLines(lambda: self.parts)
         self.audit = self._lines.add
@@ -181,12 +182,14 @@ class SealableServer:
         self._log_view: LogView | None = None
         """Of the audit log while the daemon is sealed."""
 
-    def _found_member(self) -> Member | None:
-        """None: the key service has one host. Raises StartError."""
+    def _found_replica(self) -> Member | NoMember:
+        """Raises StartError."""
         process = self._process
         stored = replica_file.read(process.lock.directory_fd)
         if stored is None:
-            return None
+            return NoMember()
+        from minikms_daemon.replica.member import Member  # loaded before the hardening: `serve.load_configured`
+
         keyring_id = ""
         with contextlib.suppress(StartError):  # then the directory can't be opened, which says why
             keyring_id = keyring.parse_file(read_keyring(process.lock.directory))[0].keyring_id
@@ -299,7 +302,7 @@ class SealableServer:
 
     def seal(self, who: Principal) -> Awaitable[Reply]:
         """Zeroes every key now, and what was given for an unseal. The awaitable answers once the marker is on disk."""
-        self._seal(Marker.of(who, UNSET if self._member is None else self._member.seals.ask()))
+        self._seal(Marker.of(who, self._replica.ask_seal()))
         return self._answer_seal()
 
     def _seal(self, marker: Marker) -> None:
@@ -392,8 +395,7 @@ class SealableServer:
             except StorageUnavailableError:
                 self._begin_writing_marker()
                 raise StorageUnavailableError(_NOT_DURABLE) from None
-        if self._member is not None and not await self._member.seal_is_known():
-            raise StorageUnavailableError(NOT_KNOWN)
+        await self._replica.check_seal_known()
         return json_answer(api.SealAnswer(sealed=True, since=marker.at))
 
     async def _write_marker(self, marker: Marker) -> None:

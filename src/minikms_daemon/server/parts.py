@@ -16,14 +16,14 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import LineRef
 from minikms.custody.journal import Replayed
-from minikms.custody.vault import Indexing
+from minikms.custody.vault import Indexing, Vault
 from minikms.datadir import DataDir, oldest_audit_key, written_at_start
 from minikms.http import Application as HttpApplication
 from minikms.http import HttpServer
@@ -38,6 +38,7 @@ from minikms.platform.notify import Notifier
 from minikms.platform.workers import in_worker
 from minikms.policy import Meters
 from minikms.roots.key_file import replace_key
+from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile
 from minikms_daemon.audit.maintenance import Maintenance
 from minikms_daemon.audit.position import AuditorPosition
@@ -56,9 +57,11 @@ from minikms_daemon.service.keks import KekVerbs
 from minikms_daemon.service.keys import KeyVerbs
 from minikms_daemon.service.lifecycle import LifecycleVerbs
 from minikms_daemon.service.records import RecordVerbs
-from minikms_daemon.service.replicas import ReplicaVerbs
 from minikms_daemon.service.root_removal import RootRemoval
 from minikms_daemon.service.roots import RootVerbs
+
+if TYPE_CHECKING:
+    from minikms.custody.member import MemberDirectory
 
 
 class Workers(NamedTuple):
@@ -105,7 +108,16 @@ class RunContext(NamedTuple):
 class Replica(Standing, Protocol):
     """What the parts need of `minikms_daemon.replica`."""
 
-    def add_verbs(self, table: VerbTable) -> None: ...
+    def add_verbs(
+        self,
+        table: VerbTable,
+        *,
+        vault: Vault,
+        directory: MemberDirectory | None,
+        keks: KekVerbs,
+        removal: RootRemoval,
+        pin: PinFile | None,
+    ) -> None: ...
 
     def leased(self, app: HttpApplication[Session]) -> HttpApplication[Session]:
         """`app`, behind the lease of this host if it needs one."""
@@ -187,15 +199,14 @@ class Parts:
             in_use_slot_id=data.slot.slot_id,
             pin=settings.opening.pin,
         )
-        ReplicaVerbs(
+        replica.add_verbs(
+            table,
             vault=self.vault,
-            table=table,
+            directory=data.member,
             keks=self.keks,
             removal=removal,
-            seals=lambda: 0 if data.member is None else data.member.mark.seals,
             pin=settings.opening.pin,
         )
-        replica.add_verbs(table)
         self._auditor = AuditorVerbs(
             vault=self.vault,
             table=table,

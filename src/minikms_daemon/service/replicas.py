@@ -9,7 +9,6 @@ remove the host that serves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
 import msgspec
 
@@ -26,8 +25,6 @@ from minikms_daemon.service.base import VerbTable, another_line
 from minikms_daemon.service.keks import KekVerbs
 from minikms_daemon.service.root_removal import RootRemoval
 from minikms_daemon.service.roots import check_another_was_tested
-
-NOT_REPLICATED: Final = "the key service has one host: to have several, stop the daemon and run `minikms replica init`"
 
 
 class ReplicaVerbs:
@@ -55,7 +52,6 @@ class ReplicaVerbs:
 
     def invite(self, request: api.Request, event: Event) -> api.ReplicaInvitation:
         """The invitation of a new host, for which nothing is kept."""
-        self._require_member()
         body = self._vault.keyring.body
         slot_id = root_slots.next_slot_id(body)
         public_key = self._vault.unlocked.invitation_key()
@@ -70,7 +66,6 @@ class ReplicaVerbs:
 
     async def add(self, request: api.AddReplicaRequest, event: Event, permit: Permit) -> api.ReplicaAnswer:
         """Adds a host, from the request that it has made."""
-        self._require_member()
         new = members.newcomer(request)
         if new.keyring_id != self._vault.keyring.body.keyring_id:
             raise ConflictError("the request is for another keyring: make an invitation here, and join with it")
@@ -99,7 +94,6 @@ class ReplicaVerbs:
 
     async def remove(self, request: api.MemberRequest, event: Event, permit: Permit) -> api.ReplicaAnswer:
         """Removes a host and the root key that it joined with."""
-        self._require_member()
         member_id = request.member_id
         if member_id == self._vault.unlocked.member_id:
             raise ConflictError("the host that serves can't be removed: run `minikms replica promote` on another first")
@@ -145,7 +139,3 @@ class ReplicaVerbs:
             raise NotFoundError("no host has this id; `minikms replica list` (GET /replica) shows them")
         slot = body.slot(member.slot_id)
         return api.ReplicaAnswer(member_id, member.name, member.slot_id, "" if slot is None else slot.fingerprint)
-
-    def _require_member(self) -> None:
-        if not self._vault.unlocked.member_id:
-            raise ConflictError(NOT_REPLICATED)

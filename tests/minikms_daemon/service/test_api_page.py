@@ -14,7 +14,6 @@ from minikms_daemon.service.base import Perform, VerbTable
 from minikms_daemon.service.keys import KeyVerbs
 from minikms_daemon.service.lifecycle import LifecycleVerbs
 from minikms_daemon.service.records import RecordVerbs
-from minikms_daemon.service.replicas import ReplicaVerbs
 from minikms_daemon.service.roots import RootVerbs
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.vaults import OpenedVault, SilentAudit, opened_vault
@@ -83,7 +82,6 @@ def served(one: OpenedVault) -> VerbTable:
     table.now(api.UNSEAL_STATUS, lambda request, event: b"{}")
     table.now(api.UNSEAL, lambda request, event: b"{}")
     table.later(api.REPORT_AUDIT_POSITION, reported, audited=False)
-    ReplicaVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, seals=lambda: 0)
     NoMember().add_verbs(table)
     return table
 

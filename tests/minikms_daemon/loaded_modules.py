@@ -1,4 +1,4 @@
-"""What the process that holds the keys has loaded: `python -m tests.minikms_daemon.loaded` rewrites docs/loaded.toml.
+"""What the process that holds the keys has loaded: `python -m tests.minikms_daemon.loaded_modules` rewrites the list.
 
 Owns: the configurations, the walk of each through what a daemon does, the count of code lines, and the form of the
 list. Invariant: the process is the command that a user types, in an interpreter of its own.
@@ -91,8 +91,8 @@ def code_lines(path: Path) -> int:
     left_out: set[int] = set()
     for node in ast.walk(ast.parse(text)):
         is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and type(node.value.value) is str
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or is_text:
-            left_out.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))  # type: ignore[attr-defined]
+        if isinstance(node, ast.Import | ast.ImportFrom) or (isinstance(node, ast.Expr) and is_text):
+            left_out.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
     lines: set[int] = set()
     blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
@@ -219,7 +219,7 @@ def written(each: dict[str, Loaded]) -> str:
         match = [rooms.index(room) for room in rooms if f"{name}.".startswith(f"{room}.")]
         return match[-1] if match else -1 if name.startswith("minikms_daemon") else len(rooms), name
 
-    text = "# Written by `python -m tests.minikms_daemon.loaded`: see reviewing.md.\n"
+    text = "# Written by `python -m tests.minikms_daemon.loaded_modules`: see reviewing.md.\n"
     for configuration, beside in BESIDE.items():
         others = each[beside].own if beside else {}
         own = {name: lines for name, lines in each[configuration].own.items() if name not in others}
