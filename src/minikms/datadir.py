@@ -160,7 +160,7 @@ class DataDir:
             self.vault.rotation_backups.close()
 
     def abandon(self) -> None:
-        """As `close`, after `Vault.seal` and `Vault.drain`: the audit log ends as after a crash: it can't be signed."""
+        """Closes after `Vault.seal` and `Vault.drain`. The audit log ends as after a crash: it can't be signed."""
         self.log.abandon()
         self.close()
 
@@ -387,7 +387,7 @@ def _check_is_new(directory: str) -> None:
 
 
 def check_newest(epoch: int, seen: int) -> None:
-    """Raises StartError when the audit log has seen a later keyring than that of `epoch`."""
+    """Checks that the audit log has seen no later keyring than the one of `epoch`."""
     if seen > epoch:
         raise StartError(
             f"keyring.json is older than the audit log: its epoch is {epoch}, the log has {seen}. It does not know "
@@ -397,7 +397,7 @@ def check_newest(epoch: int, seen: int) -> None:
 
 
 def check_alone(body: keyring.Body) -> None:
-    """Raises StartError for a keyring that other hosts use too: without a mark this one would serve beside them."""
+    """Checks that no other hosts use the keyring: without its member file, this host would serve beside them."""
     if any(member.audit is not None for member in body.members):
         raise StartError(
             f"the keyring has the members of a key service on several hosts, and {replica_file.NAME} is missing: "
@@ -406,7 +406,7 @@ def check_alone(body: keyring.Body) -> None:
 
 
 def check_tombstones(destroyed: Tombstones, log: AuditLog) -> None:
-    """Raises StartError when the audit log has counted more tombstones than there are."""
+    """Checks that there are as many tombstones as the audit log has counted."""
     counted = log.writer.state().tombstones
     if counted > destroyed.count:
         raise StartError(

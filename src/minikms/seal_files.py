@@ -113,7 +113,7 @@ class Attempt(msgspec.Struct, forbid_unknown_fields=True):
 
     @classmethod
     def by_itself(cls) -> Attempt:
-        """Of the daemon, with its own source."""
+        """An attempt of the daemon, with its own source."""
         return cls(secrets.token_hex(8), now_ns(), ACTOR_SELF, os.getpid(), "from_source", "begun", 0)
 
 
@@ -148,7 +148,7 @@ def write_marker(directory: int, marker: Marker) -> None:
 
 
 def read_lapse(directory: int) -> Lapse | None:
-    """That of an earlier process. None where there is none, and for one that can't be read."""
+    """The lapse that an earlier process recorded; None without one, or for one that can't be read."""
     try:
         data = read_file_bounded(LAPSE_NAME, MARKER_BYTES_MAX, dir_fd=directory)
         lapse = None if data is None else msgspec.json.decode(data, type=Lapse)
@@ -185,7 +185,7 @@ class AttemptRecords:
 
     @classmethod
     def load(cls, directory: int) -> AttemptRecords:
-        """Those of an earlier process. A file that can't be read counts as one dropped record."""
+        """Loads the records of an earlier process. A file that can't be read counts as one dropped record."""
         try:
             data = read_file_bounded(ATTEMPTS_NAME, ATTEMPTS_BYTES_MAX, dir_fd=directory)
             if data is None:
@@ -218,11 +218,11 @@ class AttemptRecords:
         return msgspec.json.encode(_AttemptFile(ATTEMPTS_FORMAT, VERSION, self.dropped, list(self._records)))
 
     def failed(self) -> list[Attempt]:
-        """Those with a wrong root key or share. A disk that fails, or a crash, is no attempt of this kind."""
+        """The attempts with a wrong root key or share. A disk that fails, or a crash, is no attempt of this kind."""
         return [record for record in self._records if record.outcome in WRONG]
 
     def slowed(self) -> list[Attempt]:
-        """Those that count for `SlowDown`: also text that is no share, since it may be a guess."""
+        """The attempts that count for `SlowDown`: also text that is no share, since it may be a guess."""
         return [record for record in self._records if record.outcome in WRONG or record.outcome == "refused"]
 
     def events(self, *, but: Attempt | None = None) -> list[Event]:

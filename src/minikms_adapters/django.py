@@ -48,7 +48,7 @@ _KINDS: Final[dict[str, type]] = {
     "TimeField": datetime.time,
     "UUIDField": uuid.UUID,
 }
-"""By a field's internal type; names with `Integer` are numbers, others text."""
+"""The type for each internal type of a field; names with `Integer` are numbers, others text."""
 
 
 class _Attribute(DeferredAttribute):
@@ -137,7 +137,9 @@ class _OpaqueField(BinaryField):
         return self.model._meta.db_table, self.column
 
     def get_db_prep_save(self, value: Any, connection: Any) -> Any:
-        """Also of each value of a `bulk_update`, whose expression is the only one that is let through."""
+        """Prepares a value to be saved, also each value of a `bulk_update`, whose expression is the only one that is
+        let through.
+        """
         if hasattr(value, "as_sql"):
             if not self._holds_values(value):
                 raise NotSupportedError(f"{self.name} is set to a value: the database would hold this in plaintext")

@@ -95,7 +95,7 @@ class Guard(SQLCompiler):
         return super().visit_unary(unary, *args, **kwargs)
 
     def _label_select_column(self, select: Any, column: Any, *args: Any, **kwargs: Any) -> Any:
-        """Of SELECT and, without `select`, of RETURNING."""
+        """Labels a column of SELECT and, without `select`, of RETURNING."""
         if is_opaque(column) and select is not None and (self._is_distinct(select) or not self._shown):
             _refuse()
         item = column.element if isinstance(column, Label) else column
@@ -235,7 +235,7 @@ def _check_assigned(target: Any, value: Any, typed: bool) -> bool:
 
 
 def check_column(column: Column[Any]) -> None:
-    """Raises if a constraint or a default of an encrypted column would have no effect, or write plaintext."""
+    """Refuses a constraint or a default of an encrypted column that would have no effect, or would write plaintext."""
     kind: Any = column.type
     searched = not kind.comparable and (column.unique or column.index)
     if searched or column.primary_key or column.foreign_keys:

@@ -374,7 +374,7 @@ def _name_owner(mapper: Mapper[Any], connection: object, target: Any) -> None:
 @event.listens_for(Mapper, "load")
 @event.listens_for(Mapper, "refresh")
 def _check(target: Any, *_: object, must_know: bool = False) -> None:
-    """That each loaded text is of the row's owner in the database, as far as that one is loaded."""
+    """Checks that each loaded text is of the row's owner in the database, as far as that one is loaded."""
     mapper, state = inspect(type(target)), inspect(target)
     for name, key_of in _owned_attributes(mapper):
         text = target.__dict__.get(name)

@@ -121,7 +121,7 @@ class KekRotation:
         """Keys that were rewrapped in this run by the current rotation, or by the last one."""
         self.last_error = ""
         self.priority: api.Priority = "normal"
-        """Of the rotation that runs."""
+        """The priority of the rotation that runs."""
 
     @property
     def running(self) -> keyring.Rotation | None:
@@ -430,7 +430,7 @@ class Pruning:
         self._reader = reader
         self._disk = disk
         self.progress: dict[str, int] | None = None
-        """Of a prune that runs, for `/status`."""
+        """The progress of a prune that runs, for `/status`."""
 
     async def prune(
         self, *, backups: bool, before: str | None = None, permit: Permit = permitted
@@ -479,7 +479,7 @@ class Pruning:
         return await self._remove_backups(before, self._vault.unreadable.key_ids(), permitted)
 
     async def _remove_backups(self, before: str | None, spare: Container[str], permit: Permit) -> int:
-        """In many short jobs: the creates and other changes of keys need the same thread."""
+        """Removes backups in many short jobs: the creates and other changes of keys need the same thread."""
         vault = self._vault
         steps = vault.rotation_backups.prune(vault.store, before=before, spare=spare, destroyed=vault.destroyed)
         removed = 0

@@ -172,7 +172,7 @@ def _unserved(head: Head, members: list[MemberReport]) -> str:
 
 
 def _problems(config: Path) -> list[str]:
-    """Raises StartError for the configuration."""
+    """The problems that `doctor` finds. A configuration that can't be read is a StartError."""
     from minikms.api import ASK_POSITION, MEMBER_SILENT_SECONDS
     from minikms.api.errors import ForbiddenError, KmsError, StartError
     from minikms.client import Client

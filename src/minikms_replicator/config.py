@@ -49,7 +49,7 @@ class Files(ConfigFiles):
 
 
 def parse_config(content: bytes, place: str) -> Config:
-    """Raises StartError, which calls the file `place`."""
+    """Parses the configuration; errors call the file `place`."""
     return parse_toml(content, Config, place, _check)
 
 
@@ -62,6 +62,6 @@ def _check(config: Config) -> None:
 
 
 def check_url(url: str, name: str) -> None:
-    """Raises StartError, which calls the URL `name`."""
+    """Checks a URL; errors call it `name`."""
     if why := why_refused(url):
         raise StartError(f"{name} {why}")

@@ -35,9 +35,9 @@ TOMBSTONES: Final = "kms-tombstones"
 DEKS: Final = "kms-deks"
 SUFFIX: Final = ".json"
 HEADER: Final = b"minikms-stones\0t" + (1).to_bytes(4, "big") + bytes(12)
-"""Of the tombstone file (docs/spec/tombstones.md)."""
+"""The header of the tombstone file (docs/spec/tombstones.md)."""
 KEY_BYTES: Final = 16
-"""Of the key, the first in a tombstone."""
+"""The size of the key id, the first part of a tombstone."""
 
 
 class Fetched(NamedTuple):
@@ -49,7 +49,8 @@ class Fetched(NamedTuple):
 
 
 async def fetch(tables: Tables, data_dir: str) -> Fetched:
-    """Raises StartError, StorageUnavailableError, TablesError, one of FAILURES."""
+    """Fills the data directory of a new host. Raises StartError, StorageUnavailableError, TablesError, one of
+    FAILURES."""
     with DataDirLock(data_dir) as lock:
         names = os.listdir(lock.directory_fd)
         if KEYRING in names or MARK not in names:

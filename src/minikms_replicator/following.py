@@ -30,7 +30,7 @@ from minikms_replicator.deciding import Watch, is_settled, why_not
 from minikms_replicator.tables import Head, Lease, Part, Tables
 
 ASK_S_MAX: Final = 5.0
-"""Of one request to the daemon that brings no part of a change."""
+"""The time of one request to the daemon that brings no part of a change."""
 
 
 class Daemon(Protocol):

@@ -35,16 +35,16 @@ T = TypeVar("T")
 
 SCHEMA: Final = 1
 STATEMENT_S_MAX: Final = 10.0
-"""Of one statement, with the wait for the standby. Then its outcome is unknown."""
+"""The time of one statement, with the wait for the standby. After it, the outcome is unknown."""
 COMMAND_S_MAX: Final = 600.0
 LEASE_NS: Final = LEASE_SECONDS * 1_000_000_000
 REPORT_NS: Final = 2 * 1_000_000_000
 """Between two reports."""
 REPORT_BYTES_MAX: Final = 4096
 CONTENT_BYTES_MAX: Final = 1024
-"""Of a key file (docs/spec/formats.md)."""
+"""The size of a key file (docs/spec/formats.md)."""
 RECORD_BYTES: Final = 40
-"""Of a tombstone (docs/spec/tombstones.md)."""
+"""The size of a tombstone (docs/spec/tombstones.md)."""
 PART_FILES: Final = 2048
 PART_RECORDS: Final = 65_536
 """Rows of one request to the daemon: less than REPLICA_BYTES_MAX, beside a keyring."""
@@ -219,7 +219,7 @@ class Tables:
 
     @property
     def node(self) -> str:
-        """Where the last statement was made."""
+        """The node that answered the last statement."""
         return self._connection.node if self._connection is not None else ""
 
     @property
@@ -457,7 +457,7 @@ async def _as_owner(url: str, work: Callable[[NodeConnection], Coroutine[Any, An
 
 @contextmanager
 def start_errors() -> Iterator[None]:
-    """Raises StartError instead of TablesError and FAILURES."""
+    """Turns TablesError and FAILURES into a StartError."""
     try:
         yield
     except TablesError as error:

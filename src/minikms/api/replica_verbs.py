@@ -104,10 +104,10 @@ ASK_POSITION: Final = ReplicaFollowRequest(after=0, files=[], tombstones_after=0
 
 
 class ReplicaPosition(msgspec.Struct, frozen=True):
-    """Where the member is. `number`, `term`: of the last change that it has as a whole. `tombstones`: the records that
-    it has. `seals`: the least count of seals that the head should have. `ready`: it can take over. `wants`: an operator
-    asked for this. `begins`: it may fill an empty database. `report`: for the other members. `members`: the ids of the
-    hosts in the keyring; empty while it is sealed.
+    """The position of a member. `number`, `term`: of the last change that it has as a whole. `tombstones`: the records
+    that it has. `seals`: the least count of seals that the head should have. `ready`: it can take over. `wants`: an
+    operator asked for this. `begins`: it may fill an empty database. `report`: for the other members. `members`: the
+    ids of the hosts in the keyring; empty while it is sealed.
     """
 
     keyring_id: str

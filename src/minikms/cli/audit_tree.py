@@ -168,7 +168,7 @@ def _lines(log_directory: str) -> Iterator[tuple[int, bytes]]:
 
 
 def _log_id(line: bytes) -> str:
-    """Of the log that begins with `line`."""
+    """The id of the log that begins with `line`."""
     try:
         return str(record.parse_line(line)[0].facts.get("log_id", ""))[:_LOG_ID_CHARS]
     except MalformedLineError:

@@ -413,7 +413,7 @@ def _register_entry(archive: Path, manifest: ArchiveManifest) -> RegisteredArchi
 
 
 def _newer_source(key_file: Path | None, source: str | None) -> str | None:
-    """Where the root key of the newer keyring is. Raises CommandError if it is given twice."""
+    """The source of the root key of the newer keyring. Raises CommandError if it is given twice."""
     if key_file is not None and source is not None:
         raise CommandError("the root key of the newer keyring is given twice: as --newer-root and as a file")
     return source if key_file is None else f"file:{key_file}"

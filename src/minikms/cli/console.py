@@ -51,13 +51,13 @@ URL_FILES: Final = ("ca", "cert", "key", "token_file")
 """Arguments of a client of a gateway; the variables are named alike: PROGRESSDB_KMS_CA, …"""
 LONG_LIVED_VARIABLE: Final = "PROGRESSDB_KMS_LONG_LIVED_CERT"
 ID_DIGITS_MAX: Final = 10
-"""Of a user or group id, which has 32 bits."""
+"""The digits of a user or group id, which has 32 bits."""
 DAEMON_WAIT_SECONDS: Final = 0.5
 """For a daemon that is starting; a person notices a longer wait."""
 ANSWER_SECONDS: Final = 10.0
 PACKAGE_DATA_DIR: Final = "/var/lib/progressdb/minikms"
 PACKAGE_INDEX_DIR: Final = "/var/lib/progressdb/auditor/index"
-"""Where the units of `deploy/systemd` have them."""
+"""The directory of the index in the units of `deploy/systemd`."""
 
 Socket = usage.Socket
 ServerUid = usage.ServerUid

@@ -411,7 +411,7 @@ def _keys(
 
 
 def _all_but_the_last(key_ids: list[str], threads: array[int]) -> list[str]:
-    """Of each thread that several of the keys have."""
+    """The keys of each thread that has several of them, without its last."""
     shared = {one for one, next_one in itertools.pairwise(sorted(threads)) if one == next_one}
     keys_of: dict[int, list[str]] = {}
     for key_id, thread in zip(key_ids, threads, strict=True):

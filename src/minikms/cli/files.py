@@ -119,7 +119,7 @@ def decrypt(
 
 
 def _check_usage(source: str, place: str, *, json: bool, command: str) -> None:
-    """Raises CommandError for a source that is a mistyped flag, and for two things on standard output."""
+    """Refuses a source that is a mistyped flag, and two things on standard output. Raises CommandError."""
     if source.startswith("-") and source != "-":
         raise CommandError(
             f"unknown option: {source}; for a file of that name: ./{source}. See `minikms {command} --help`."

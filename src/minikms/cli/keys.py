@@ -203,7 +203,7 @@ class _Failure(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """Of the destruction of several keys. `not_tried`: the keys that were left when the daemon went away."""
+    """The outcome of destroying several keys. `not_tried`: the keys that were left when the daemon went away."""
 
     destroyed: list[api.DestroyKeyAnswer]
     failed: list[_Failure]
@@ -211,7 +211,7 @@ class _Outcome(NamedTuple):
 
 
 def _refuse_active(kms: Client, thread: str) -> None:
-    """Raises CommandError if the thread has an active key: the caller probably means that one."""
+    """Refuses a thread with an active key: the caller probably means that one. Raises CommandError."""
     active = [key.key_id for key in kms.list_keys(thread_id=thread, state="active").keys]
     if active:
         do = f"retire it first: minikms keys retire {active[0]}"

@@ -113,7 +113,7 @@ def verify(
 
 
 def _place(found: Receipt, checker: ProofChecker | None) -> str:
-    """Where the tree has the line. Raises ProofError."""
+    """The place of the line in the tree. Raises ProofError."""
     if checker is None:
         return "not checked: --log-key was not given" if found.proof else "the receipt has no proof"
     if not found.proof:

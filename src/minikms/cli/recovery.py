@@ -171,7 +171,7 @@ def _write_file(path: Path, text: Sequence[memoryview], written: list[Path]) -> 
 
 
 def _check_file(path: Path, share: Share, arena: SecretArena) -> None:
-    """Raises CommandError unless the file holds the share."""
+    """Checks that the file holds the share. Raises CommandError."""
     from minikms.crypto.shares import TEXT_CHARS
     from minikms.memory.arena import SLOT_BYTES
     from minikms.roots.recovery_shares import reads_as

@@ -48,7 +48,7 @@ FILE_BYTES_MAX: Final = 16 * 1024
 EVIDENCE_BYTES_MAX: Final = 1024 * 1024 * 1024
 """More than ten million keys take."""
 DAMAGED: Final = "damaged"
-"""In the place of the SHA-256 of a file that can't be read."""
+"""The text in place of the SHA-256 of a file that can't be read."""
 DIGEST_GROUP_CHARS: Final = 4
 POLL_SECONDS: Final = 0.2
 PROMOTE_SECONDS: Final = 10.0

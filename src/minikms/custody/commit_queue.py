@@ -39,8 +39,8 @@ class OutcomeUnknownError(StandbyError):
 
 
 class Position(NamedTuple):
-    """Of the database after a commit: the number of changes and of tombstones, the epoch and the key version of the
-    keyring, and the sum over the key files.
+    """The state of the database after a commit: the number of changes and of tombstones, the epoch and the key version
+    of the keyring, and the sum over the key files.
     """
 
     number: int = 0
@@ -55,7 +55,7 @@ class _Waiting(NamedTuple):
     delta: EntrySum
     files: list[api.ReplicaFile]
     number: asyncio.Future[int]
-    """Of the commit that has the change."""
+    """The number of the commit that has the change."""
 
 
 class _Out(NamedTuple):
@@ -73,7 +73,7 @@ class CommitQueue:
         self._out: _Out | None = None
         self._changed = asyncio.Event()
         self._unwritten: dict[int, int] = {}
-        """By number of a confirmed commit: how many of its changes are not written here."""
+        """The number of changes of each confirmed commit that are not written here."""
         self._changing: set[str] = set()
         """The keys of the changes that have not ended."""
         self.writing = 0
@@ -109,8 +109,9 @@ class CommitQueue:
 
     @asynccontextmanager
     async def committed(self, written: Written, delta: Callable[[], Awaitable[EntrySum]]) -> AsyncIterator[None]:
-        """As `Replication.committed`. `delta`: what the change adds to the sum; nothing else may change its keys from
-        here on. Raises ConflictError for what no commit can hold, and for a key of a change that has not ended.
+        """Commits a change, as `Replication.committed` says. `delta`: what the change adds to the sum; nothing else may
+        change its keys from here on. Raises ConflictError for what no commit can hold, and for a key of a change that
+        has not ended.
         """
         size = _size(written)
         if len(written.files) > api.REPLICA_FILES_MAX or size > api.REPLICA_BYTES_MAX:

@@ -48,7 +48,7 @@ SUFFIX: Final = ".json"
 SCAN_FILES: Final = 128
 """Files that a scan of all keys reads at a time, in a worker thread beside requests."""
 SORTED_IDS: Final = 16_384
-"""Of a listing: about 1.5 MB."""
+"""The ids in a listing that are sorted at a time: about 1.5 MB."""
 SETTLE_READS_MAX: Final = 6
 SETTLE_SECONDS: Final = 0.01
 """Pause after a read that differed or was not valid. An overwrite takes microseconds."""
@@ -137,7 +137,7 @@ class DekStore:
                 return content
 
     def read_file(self, key_id: str) -> bytes:
-        """As `read`, but what is in the file now."""
+        """Reads what is in the file now, which `read` may know to be changed."""
         name = file_name(key_id)
         usual = read_file_of(name, FILE_BYTES, dir_fd=self.directory_fd)
         if usual is not None:

@@ -57,7 +57,7 @@ STONES_SLICE: Final = 256
 """Tombstones that are verified before requests get a turn."""
 SIGNED_STATE_BYTES_MAX: Final = 256
 _UNREADABLE: Final = b" " * FILE_BYTES
-"""In a record of the journal, the old content of a file that can't be read."""
+"""The old content of a file that can't be read, in an entry of the journal."""
 
 
 class _File(NamedTuple):
@@ -75,8 +75,8 @@ class _File(NamedTuple):
 
 
 class Following:
-    """Of one member. `entries`: the sum over the key files here; None: not known. `repairs`: all files of the database
-    are needed.
+    """The following of one member. `entries`: the sum over the key files here; None: not known. `repairs`: all files of
+    the database are needed.
     """
 
     def __init__(self, vault: Vault, disk: Executor) -> None:
@@ -175,7 +175,9 @@ class Following:
         return state
 
     def _state(self, head: api.ReplicaHead, body: Body, mark: Mark) -> SignedState:
-        """Raises ReplicaForkedError unless it is that of the head and its keyring, and follows the mark."""
+        """The state of the head. Raises ReplicaForkedError unless it belongs to the head's keyring, and follows the
+        mark.
+        """
         try:
             signed = decode_canonical(head.state, SIGNED_STATE_BYTES_MAX, "the state")
             state = read_state(self._vault.unlocked, signed, body.key_version)
@@ -217,7 +219,7 @@ class Following:
         return found
 
     def _check_tombstones(self, stones: Sequence[Staged], body: Body) -> None:
-        """Raises ReplicaForkedError unless they end where the keyring says."""
+        """Checks that the tombstones end where the keyring says. Raises ReplicaForkedError."""
         log, chain = body.tombstone_log, stones[-1].chain if stones else self._vault.destroyed.chain
         if (chain.count, chain.head) != (log.count, log.head):
             raise ReplicaForkedError("the tombstones of the database are not those that its keyring counts")

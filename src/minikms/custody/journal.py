@@ -106,13 +106,13 @@ class Journal:
         self._by_syncfs = syncfs_reports(store.directory_fd)
         self._fd: int | None = None
         self._files_fd: int | None = None
-        """Of the key files' directory, opened before the first file of the journal is changed: on each descriptor,
+        """The key files' directory, opened before the first file of the journal is changed: on each descriptor,
         `syncfs` reports a failure once, and only one that came after its opening.
         """
         self._records: list[Change | None] = []
-        """Of the changes since the journal was begun, at their places; None: blanked."""
+        """The changes since the journal was begun, at their places; None: blanked."""
         self._stamp = ""
-        """Of the rotation whose batch the journal has; empty: it has other changes."""
+        """The rotation whose batch the journal has; empty: it has other changes."""
         self._failed = False
         """A write or sync of the journal failed, or the files could not be written."""
         self.refusal = ""

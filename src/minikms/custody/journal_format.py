@@ -119,7 +119,7 @@ def completed(content: bytes) -> bytes:
 
 
 def offsets(content: bytes) -> range:
-    """Where the whole records begin."""
+    """The offsets of the whole records."""
     return range(len(MAGIC), len(content) - RECORD_BYTES + 1, RECORD_BYTES)
 
 

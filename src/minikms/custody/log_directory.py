@@ -47,7 +47,7 @@ def lock_log_directory(lock: DataDirLock) -> str:
 
 
 def claim_log_directory(lock: DataDirLock, audit_dir: str | None, *, empty: bool = False) -> str:
-    """As `lock_log_directory`, for a start that states where the log lies: `audit_dir`, or None for the data directory.
+    """Locks the log directory for a start that states where the log lies: `audit_dir`, or None for the data directory.
     The first start with `audit_dir` records it. `empty`: there must be no log yet. Raises StartError,
     StorageUnavailableError.
     """

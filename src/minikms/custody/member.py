@@ -129,7 +129,6 @@ class MemberDirectory:
 
     @asynccontextmanager
     async def committed(self, written: Written) -> AsyncIterator[None]:
-        """See `minikms.custody.replication.Replication`."""
         self.require_serving()
         async with self._committed(written):
             yield
@@ -264,7 +263,7 @@ class MemberDirectory:
         self._written = mark
 
     def note_seals(self, seals: int) -> None:
-        """Raises the count of seals that this member has obeyed; `write_mark` keeps it."""
+        """Sets the count of seals that this member has obeyed, if it is higher; `write_mark` keeps it."""
         self._mark = msgspec.structs.replace(self._mark, seals=max(seals, self._mark.seals))
 
     def may_begin(self) -> None:

@@ -37,17 +37,17 @@ class OpenDek(RecordKey):
         return labels.record_aad(self.aad_prefix, caller_aad)
 
     def check_thread(self, thread_id: str) -> None:
-        """Raises WrongThreadError unless the key belongs to the thread."""
+        """Checks that the key belongs to the thread. Raises WrongThreadError."""
         if thread_id != self.thread_id:
             raise WrongThreadError("the key belongs to another thread")
 
     def check_encrypts(self) -> None:
-        """Raises KeyRetiredError unless the key is active."""
+        """Checks that the key is active. Raises KeyRetiredError."""
         if self.state != "active":
             raise KeyRetiredError(f"key {self.key_id} is retired: it only decrypts; use the thread's current key")
 
     def mac(self, plaintext: bytes, caller_aad: bytes) -> bytes:
-        """Raises WrongPurposeError unless the purpose of the key is `mac`."""
+        """The MAC of the plaintext. Raises WrongPurposeError unless the purpose of the key is `mac`."""
         if self.purpose != "mac":
             raise WrongPurposeError("MACs are made under keys of purpose mac")
         return super().mac(plaintext, caller_aad)

@@ -34,7 +34,7 @@ class Replication(Protocol):
         """
 
     def require_serving(self) -> None:
-        """Raises StandbyError unless changes are taken."""
+        """Checks that changes are taken. Raises StandbyError."""
 
     async def serving(self) -> None:
         """Returns when changes are taken. For work that a member goes on with only while it serves."""

@@ -75,7 +75,7 @@ class KeysWithin(NamedTuple):
 
 
 class FoundRecords(NamedTuple):
-    """Of keys that are to be destroyed: their records by file, and the keys that a file may hold that can't be read or
+    """The records of keys that are to be destroyed, by file; and the keys that a file may hold that can't be read or
     written, each with the reason.
     """
 

@@ -149,8 +149,8 @@ class SettledKeys:
         return due
 
     def damaged(self) -> Iterator[set[str]]:
-        """Of each damaged record of the journal and the rotation backups, the key ids in it. Afterwards `unread` has
-        the backups that could not be read, or are damaged. Raises StorageUnavailableError, StartError.
+        """The key ids in each damaged record of the journal and the rotation backups. Afterwards `unread` has the
+        backups that could not be read, or are damaged. Raises StorageUnavailableError, StartError.
         """
         yield from self._journalled().damaged
         for file in all_journals(self._backups):
@@ -186,7 +186,9 @@ class SettledKeys:
         return found
 
     def _has_kek(self) -> Callable[[int], bool]:
-        """Of the keyring, which is not authenticated here. Raises StorageUnavailableError, StartError."""
+        """Whether the keyring has a KEK; the keyring is not authenticated here. Raises StorageUnavailableError,
+        StartError.
+        """
         data = read_file_bounded(keyring_file.NAME, keyring.FILE_BYTES_MAX, dir_fd=self._directory_fd)
         return _NO_JOURNAL.has_kek if data is None else keyring.parse_file(data)[0].has_kek
 

@@ -43,7 +43,7 @@ from minikms.platform.sync import sync_data
 
 NAME: Final = "kms-tombstones"
 RECENT_BYTES_MAX: Final = RECORD_BYTES * APPEND_RECORDS_MAX
-"""Of the last records, which are kept in memory: a key that was just destroyed is found there."""
+"""The bytes of the last records, which are kept in memory: a key that was just destroyed is there."""
 
 
 class Staged(NamedTuple):

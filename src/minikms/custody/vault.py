@@ -110,11 +110,11 @@ class Vault:
         self.journal = journal
         self._executor = executor
         self.nonces = nonces
-        """Of wraps."""
+        """The nonces of wraps."""
         self.record_keys = RecordKeys(arena)
         self.locks = KeyLocks()
         self._creating = KeyLocks()
-        """By thread id. Taken before a lock of `locks`, never inside one."""
+        """The locks of threads that get a key. Taken before a lock of `locks`, never inside one."""
         self.cache: KeyCache[OpenDek] = KeyCache(
             count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
@@ -257,7 +257,9 @@ class Vault:
         return record
 
     def _next_number(self, thread_id: str, replaces: str) -> int:
-        """Raises as `dek.next_number`, and KeyUnreadableError while a file can't be read: it may be of this thread."""
+        """The number of the thread's next key, with the errors of `dek.next_number`; KeyUnreadableError while a file
+        can't be read: it may be of this thread.
+        """
         if self.unreadable.count:
             raise KeyUnreadableError("a key file can't be read, so the last number of the thread is not known")
         return dek.next_number(next(self._numbered(thread_id), None), replaces)
@@ -266,7 +268,7 @@ class Vault:
         return dek.numbered(map(self.record, self.index.newest_of(thread_id)), thread_id)
 
     def check_replaces(self, old: DekRecord, thread_id: str, purpose: api.Purpose) -> None:
-        """Raises unless a new key of `thread_id` may replace `old`."""
+        """Checks that a new key of `thread_id` may replace `old`."""
         if old.thread_id != thread_id:
             raise WrongThreadError("the key to replace belongs to another thread")
         if old.purpose != purpose:
@@ -309,8 +311,9 @@ class Vault:
         return changed
 
     def check_destroyable(self, key_id: str, of_thread: str | None = None) -> None:
-        """Raises unless the key is retired, or destroyed already: ConflictError for an active key, WrongThreadError
-        for a key of another thread than the named one."""
+        """Checks that the key is retired, or destroyed already. Raises ConflictError for an active key, and
+        WrongThreadError for a key of another thread than the named one.
+        """
         if key_id not in self.destroyed:
             record = self.record(key_id)
             if of_thread not in (None, record.thread_id):

@@ -41,7 +41,7 @@ TEMP_PREFIX: Final = ".tmp-"
 SYNCFS_FILES_MIN: Final = 4
 """A group of at least this many files uses `syncfs`, which also waits for the writes of other programs."""
 CHECK_BYTES: Final = 4096
-"""Of the file that shows whether a disk takes one more."""
+"""The size of the file that shows whether a disk takes one more."""
 GROUP_FILES_MAX: Final = 512
 READ_AHEAD_FILES: Final = 32
 """Files that `read_files_of` has open at a time, so that the disk reads them at the same time."""

@@ -62,7 +62,7 @@ class _Process(NamedTuple):
 
 
 _processes: dict[int, _Process] = {}
-"""By pid."""
+"""The open files of each process, by pid."""
 
 
 def open_process_files(known: Build | None = None) -> _Process:

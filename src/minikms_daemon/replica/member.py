@@ -121,7 +121,7 @@ class Member:
         """Requests for the next commit. A stand-by or a seal does not cancel them: they use no key."""
         self._why = ""
         self._number = 0
-        """Of the last change of the database."""
+        """The number of the last change of the database."""
         self._serving = ""
         self._members: list[api.MemberReport] = []
         self._heard_ns: int | None = None
@@ -166,7 +166,7 @@ class Member:
         )
 
         async def sent(answer: Awaitable[object]) -> Reply:
-            """Also while the audit log waits for this very replicator, or can't be written."""
+            """Sends the answer also while the audit log waits for this very replicator, or can't be written."""
             return Response(200, json_answer(await answer), uncommitted=True)
 
         table.later(api.REPLICA_FOLLOW, lambda request, event, permit: sent(self.follow(request)), audited=False)
@@ -262,7 +262,7 @@ class Member:
     # --- what the replicator asks ------------------------------------------------------------------------------------
 
     async def follow(self, request: api.ReplicaFollowRequest) -> api.ReplicaPosition:
-        """Also of a sealed member, which only learns of seals. Raises ConflictError, ReplicaForkedError,
+        """Follows the database. A sealed member only learns of seals. Raises ConflictError, ReplicaForkedError,
         ReplicaRolledBackError, StorageUnavailableError.
         """
         if len(request.files) > api.REPLICA_FILES_MAX:
@@ -302,7 +302,7 @@ class Member:
         return self.position()
 
     async def next(self, request: api.ReplicaNextRequest) -> api.ReplicaNextAnswer:
-        """As `follow`; a sealed member asks that its lease is released."""
+        """Answers like `follow`; a sealed member asks that its lease is released."""
         task = asyncio.current_task()
         self.asking.add(task)
         try:
@@ -463,7 +463,7 @@ class Member:
             self._host.seal_for_all()
 
     def _refused(self, error: KmsRefusedError) -> api.ReplicaPosition:
-        """Raises it once, for one line in the log: the replicator asks twice a second."""
+        """Raises an error once, for one line in the log: the replicator asks twice a second."""
         if self.state.mode not in ("following", "refused"):
             raise error
         why = f"{error.code}: {error}"
@@ -585,7 +585,9 @@ class Member:
         )
 
     def _reports(self, own: api.MemberReport) -> list[api.MemberReport]:
-        """Of each host in the keyring; `version` is empty if it has not reported. While sealed: as they came."""
+        """The report of each host in the keyring; `version` is empty if it has not reported. While sealed: the reports
+        as they came.
+        """
         if self._parts is None:
             return self._members
         came = {report.member_id: report for report in (*self._members, own)}

@@ -64,7 +64,7 @@ class MemberState:
         self.mode = following
 
     def take_over(self, term: int) -> None:
-        """Raises IllegalMoveError, also for a term that is not a new one."""
+        """Takes over in a new term. Raises IllegalMoveError for any other term."""
         if term <= self.term:
             raise IllegalMoveError(f"term {term} does not follow term {self.term}")
         self.move(Move.TAKE_OVER)
@@ -75,8 +75,8 @@ class MemberState:
         return self.mode in api.LEASED_MODES
 
     def check_asked(self, asked_ns: int, now_ns: int) -> None:
-        """Raises ConflictError unless the grant counts from an instant that has passed and is later than the last
-        answer; the request before may be repeated.
+        """Checks that the grant counts from an instant that has passed and is later than the last answer; the request
+        before may be repeated. Raises ConflictError.
         """
         if asked_ns > now_ns:
             raise ConflictError("the lease can't begin in the future: this is not the clock of this host")

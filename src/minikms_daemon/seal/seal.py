@@ -174,13 +174,13 @@ class SealableServer:
         self.audit = self._lines.add
         self._start_line_written = False
         self._opened: Parts | None = None
-        """Also while an unseal goes on."""
+        """The open data directory, also while an unseal goes on."""
         self._closing: asyncio.Task[None] | None = None
         self._writing_marker: asyncio.Task[None] | None = None
         self._refusals: list[Event] = []
         """While the daemon is sealed. Bounded: the windows of the aggregators end at the unseal."""
         self._log_view: LogView | None = None
-        """Of the audit log while the daemon is sealed."""
+        """The view of the audit log while the daemon is sealed."""
 
     def _found_replica(self) -> Member | NoMember:
         """Raises StartError."""
@@ -357,7 +357,7 @@ class SealableServer:
         return self._sealed_app
 
     async def _write_lapse(self, lapse: Lapse) -> None:
-        """In the worker that removes it after the unseal."""
+        """Writes the lapse, in the worker that removes it after the unseal."""
         process = self._process
         try:
             await in_worker(process.workers.seal, partial(files.write_lapse, process.lock.directory_fd, lapse))
@@ -445,7 +445,9 @@ class SealableServer:
                 await self.open_and_serve(Attempt.by_itself(), root, self._state.seals)
 
     async def open_and_serve(self, attempt: Attempt, root: RootProvider, seals: int) -> None:
-        """Raises UnknownRootError, other KmsRefusedErrors, OSError; no key is left then."""
+        """Opens the data directory and serves. Raises UnknownRootError, other KmsRefusedErrors, OSError; no key is left
+        then.
+        """
         state = self._state
         asked_ns = root.asked_ns if isinstance(root, ReceivedKey) else clock.boot_ns()
         self._process.notifier.watchdog()  # so that the manager's whole time-out is left

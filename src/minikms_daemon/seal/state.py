@@ -113,7 +113,9 @@ class SealState:
             self.move(SealMove.WRITTEN)
 
     def check_no_seal_since(self, seals: int) -> None:
-        """Raises SealedError. `seals`: the count when the unseal was asked for."""
+        """Checks that no seal came since the unseal was asked for; `seals` is the count at that time. Raises
+        SealedError.
+        """
         if self.seals != seals:
             raise SealedError("the key service was sealed again during the unseal")
 

@@ -148,7 +148,7 @@ class Unlocking:
                 return
 
     async def _renew(self, lease: Lease, service: UnlockService) -> None:
-        """Raises as `UnlockService.ask`, and RootAwayError for another root key."""
+        """Renews the lease. Raises the errors of `UnlockService.ask`, and RootAwayError for another root key."""
         left_s = lease.left_ns(clock.boot_ns()) / NANOSECONDS
         try:
             async with asyncio.timeout(left_s):
@@ -191,7 +191,7 @@ class Unlocking:
         return LeasedApplication(app, lease=self._lease, ended=lambda: self._lapse("ended", self._failure))
 
     def why_sealed(self, whole: bool) -> str:
-        """As a sentence. `whole`: with the reason of the last failure."""
+        """The sentence that says why the daemon is sealed. `whole`: with the reason of the last failure."""
         if not self._waits:
             return SEALED_TEXT
         return f"{WAITING_TEXT}; the last try: {self._failure}" if whole and self._failure else WAITING_TEXT

@@ -233,7 +233,8 @@ class Unsealing:
             )
 
     async def _try(self, who: Principal, attempt: Attempt, root: RootProvider, seals: int) -> None:
-        """Raises WrongRootError, UnsealFailedError, SealedError, and as `_require_rights`."""
+        """Tries to unseal. Raises WrongRootError, UnsealFailedError, SealedError, and the errors of
+        `_require_rights`."""
         try:
             if isinstance(root, UnlockService):
                 root = await root.ask("start", self._process.arena)

@@ -39,14 +39,14 @@ from minikms_daemon.server.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, Refu
 UNAUTHORISED_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that are not allowed, so that they can't use up the places of the allowed ones."""
 UNAUTHORISED_CONNECTIONS_SHARE: Final = 4
-"""Where few connections are admitted, at most one in this many is for uids that are not allowed."""
+"""The share of connections for uids that are not allowed, where few are admitted: at most one in this many."""
 
 UID_CONNECTIONS_SHARE: Final = 2
 """A uid gets at most one in this many of all connections."""
 KEPT_CONNECTIONS_MAX: Final = 32
 """Connections that nobody gets but uids that may seal, so that an operator can do so beside any other users."""
 KEPT_CONNECTIONS_SHARE: Final = 8
-"""Where few connections are admitted, one in this many is kept."""
+"""The share of connections that is kept where few are admitted: one in this many."""
 SEALER_CONNECTIONS_MAX: Final = 4
 """A uid that may seal and has fewer connections gets one of those that are kept."""
 
@@ -98,7 +98,7 @@ class Admission:
 
     @property
     def generation(self) -> int:
-        """Of the policy in force."""
+        """The generation of the policy in force."""
         return self._policy.generation
 
     def open_session(self, connection: socket.socket) -> Session | GroupFull | None:

@@ -180,7 +180,7 @@ class Application(AdmittingApplication):
         return answer
 
     def _audit_refusal(self, who: Principal, head: ParsedHead, outcome: str) -> None:
-        """Of a request that is none for a verb."""
+        """Queues the audit line of a refused request that names no verb."""
         event = request_event(TYPE_REFUSED, who, head.request_id or "")
         event.count, event.outcome = 1, outcome
         self._audit.add(event)

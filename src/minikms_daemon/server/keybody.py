@@ -60,7 +60,7 @@ class SecretText:
         self._count = count
 
     def views(self) -> list[memoryview]:
-        """Of the bytes of the text, in order. Not after `release`."""
+        """The views of the text's bytes, in order. Not after `release`."""
         whole, rest = divmod(self._count, SLOT_BYTES)
         found = [slot.view for slot in self._slots[:whole]]
         return [*found, self._slots[whole].view[:rest]] if rest else found
@@ -93,8 +93,8 @@ def take_text(body: memoryview, arena: SecretArena, name: str, bytes_max: int) -
 
 @contextlib.contextmanager
 def _spans(body: memoryview, name: str, *, last: bool) -> Iterator[list[tuple[int, int]]]:
-    """Where the values of the member are, without their quotes. At the end of the block they are overwritten, and after
-    the last one all text that looks like a secret. At most two are found: one too many is refused as a thousand are.
+    """The places of the member's values, without their quotes. At the end of the block they are overwritten, and after
+    the last one all text that looks like a secret. At most two are yielded: one too many is refused as a thousand are.
     """
     if _BACKSLASH.search(body) is not None:
         raise InvalidRequestError("the body of this request must not use escapes (no backslash)")

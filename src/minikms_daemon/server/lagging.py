@@ -36,7 +36,7 @@ SERVED: Final = (
     api.REPLICA_STATUS,
     api.PROMOTE_REPLICA,
 )
-"""Also by a standby."""
+"""The verbs that a standby serves too."""
 
 
 _SERVED: Final = frozenset((verb.method, verb.path) for verb in SERVED)

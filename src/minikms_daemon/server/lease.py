@@ -16,7 +16,7 @@ from minikms.platform.clock import boot_ns
 from minikms_daemon.server.admission import Session
 
 SECOND_NS: Final = 1_000_000_000
-"""Of `--root-lease`; the tests have shorter ones."""
+"""The second of `--root-lease`; the tests have shorter ones."""
 
 Answer = bytes | Response | Awaitable[bytes | Response]
 

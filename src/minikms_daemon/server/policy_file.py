@@ -43,8 +43,8 @@ class PolicyFile:
         return str(directory_read(self.path))
 
     def check_apart(self, *, written: Iterable[str], of_root_key: Iterable[str]) -> None:
-        """Raises StartError unless its directory is apart from everything that the hardened process may write, and from
-        the files and directories of the root key; and for a directory directly below `/`, such as `/etc`.
+        """Checks that the policy's directory is apart from everything that the hardened process may write, from the
+        files and directories of the root key, and from directories directly below `/`, such as `/etc`.
         """
         own = os.path.realpath(self.directory)
         if os.path.dirname(own) == "/":

@@ -36,8 +36,9 @@ class _Actor(NamedTuple):
 
 
 class RefusalAggregator:
-    """Of refusals with the error code `outcome`. Call `note` for each of them and `due` once a second, and queue every
-    event that they return. `others`: the name of actors beyond the bound. `window_ns`: for which refusals are counted.
+    """Aggregates refusals with the error code `outcome`. Call `note` for each of them and `due` once a second, and
+    queue every event that they return. `others`: the name of actors beyond the bound. `window_ns`: the time for which
+    refusals are counted.
     """
 
     def __init__(self, outcome: str, *, others: str, window_ns: int = WINDOW_NS) -> None:

@@ -72,7 +72,7 @@ class StatusPage:
         self._settings = settings
         self._started_under = data.slot.fingerprint
         self._provider = settings.root.name if from_source else data.slot.provider
-        """Where the root key comes from; for one that a request gave, what its slot has recorded."""
+        """The source of the root key; for one that a request gave, what its slot has recorded."""
         self._vault = data.vault
         self._damaged_records = data.replayed.damaged
         self._log = data.log

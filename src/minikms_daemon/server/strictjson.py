@@ -122,8 +122,8 @@ class _Shape(NamedTuple):
 
 @cache
 def _shape(struct: type[msgspec.Struct]) -> _Shape:
-    """Raises `TypeError` for a struct that takes keys which it does not have, or in which an absent field looks like a
-    present one.
+    """The shape of a struct. A TypeError for one that takes keys which it does not have, or in which an absent field
+    looks like a present one.
     """
     fields = msgspec.structs.fields(struct)
     for field in fields:

@@ -55,7 +55,7 @@ def _pick(which: bool, yes: T, no: T) -> T:
 
 
 def require(who: Principal, verb: Verb[Any, Any]) -> None:
-    """Raises ForbiddenError unless the principal may use the verb at all."""
+    """Checks that the principal may use the verb at all. Raises ForbiddenError."""
     if who.via and not verb.proxied:
         raise ForbiddenError("a proxy can't ask for this on behalf of another; an operator of the key service can")
     for role in verb.roles:
@@ -103,7 +103,7 @@ class Access:
                 del self._destroyed[next(iter(self._destroyed))]
 
     def thread_near(self, key_id: str) -> tuple[str, bool]:
-        """As `KeyIndex.thread_near`, also for a key that was destroyed in this run."""
+        """Looks up a key like `KeyIndex.thread_near`, also one that was destroyed in this run."""
         near, known = self.vault.index.thread_near(key_id)
         thread_id = self._destroyed.get(key_id)
         return _pick(thread_id is not None, (thread_id or "", True), (near, known))
@@ -148,7 +148,7 @@ class ScopedKeys:
         self.verb = verb
         self._entered = entered
         self._decisions: dict[str, _Decision | None] = {}
-        """By key id; None: not allowed."""
+        """The decision for each key id; None: not allowed."""
         self._not_counted: int | None = 0
         """Keys that were refused before the request was charged; None: it is charged."""
 
@@ -194,7 +194,8 @@ class ScopedKeys:
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     def _allowed(self, key_id: str) -> _Decision:
-        """Raises KeyNotFoundError, KeysNotReadError, InvalidRequestError for a malformed id."""
+        """The decision for the key. Raises KeyNotFoundError, KeysNotReadError, InvalidRequestError for a malformed
+        id."""
         try:
             decision = self._decisions[key_id]
         except KeyError:
@@ -233,9 +234,8 @@ class ScopedKeys:
             self._not_counted += 1
 
     def _check_record(self, key_id: str, decision: _Decision, thread_id: str) -> None:
-        """Raises KeyNotFoundError where the key's record names another thread than the index, and that one is not
-        allowed.
-        """
+        """Checks a record that names another thread than the index. Raises KeyNotFoundError if that one is not
+        allowed."""
         if decision.thread_id and thread_id != decision.thread_id and not self.allows_thread(thread_id):
             self._decisions[key_id] = None
             raise not_found(key_id)
@@ -314,7 +314,7 @@ class ScopedKeys:
     async def create_in_log(
         self, thread_id: str, *, purpose: api.Purpose = "thread", replaces: str = "", numbered: bool = False
     ) -> DekRecord:
-        """As `Vault.create_in_log`. Raises ForbiddenError for a thread that is out of scope."""
+        """Creates a key like `Vault.create_in_log`. Raises ForbiddenError for a thread that is out of scope."""
 
         def permit() -> None:
             self._permit_thread(thread_id)
@@ -327,7 +327,7 @@ class ScopedKeys:
         )
 
     async def get_or_create(self, thread_id: str, *, purpose: api.Purpose) -> tuple[str, bool]:
-        """As `Vault.get_or_create`. Raises ForbiddenError for a thread that is out of scope."""
+        """Gets or creates a key like `Vault.get_or_create`. Raises ForbiddenError for a thread that is out of scope."""
 
         def permit() -> None:
             self._permit_thread(thread_id)
@@ -350,7 +350,7 @@ class ScopedKeys:
         self._allowed(key_id)
 
     def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> KeyPage:
-        """As `KeyIndex.page`, with visible keys only. Where the principal may not see every key, `after` and
+        """Pages like `KeyIndex.page`, over visible keys only. Where the principal may not see every key, `after` and
         `next_after` are opaque, because they name any key. Raises InvalidRequestError for an `after` that this run did
         not give to the principal.
         """

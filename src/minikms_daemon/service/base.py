@@ -66,7 +66,7 @@ class Audit(Protocol):
         """
 
     def require_writable(self) -> None:
-        """Raises AuditUnavailableError when the last line could not be written."""
+        """Checks that the last line could be written. Raises AuditUnavailableError."""
 
 
 class Later(NamedTuple):
@@ -368,7 +368,9 @@ class _Frame:
                 del forbidden  # the traceback of an error leads to this frame
 
     def authorise(self, who: Principal, request: Any, event: Event) -> ForbiddenError | None:
-        """Raises ForbiddenError, or returns it where each item is refused by itself. Raises TooManyError."""
+        """Checks roles and limits. Raises ForbiddenError, or returns it where each item is refused by itself. Raises
+        TooManyError.
+        """
         forbidden: ForbiddenError | None = None
         if not self._needed <= who.roles:
             try:

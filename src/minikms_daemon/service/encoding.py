@@ -36,7 +36,7 @@ def refused_item(error: KmsRefusedError) -> RefusedItem:
 
 
 Outcomes = Sequence[bytes | RefusedItem]
-"""Of each item in order: its value, or why it was refused."""
+"""The outcome of each item in order: its value, or why it was refused."""
 
 
 ReadBytes = Callable[[Any, int, str], bytes]

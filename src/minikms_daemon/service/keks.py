@@ -94,9 +94,11 @@ class KekVerbs:
         self._rewrite_root = rewrite_root
         self._runner: asyncio.Task[None] | None = None
         self._ends: dict[int, asyncio.Future[None]] = {}
-        """By KEK version: resolved when the rotation to it is finished, or done while the log can't be written."""
+        """The end of the rotation to each KEK version: resolved when it is finished, or done while the log can't be
+        written.
+        """
         self._end: asyncio.Future[None] | None = None
-        """Of the rotation that is done and not yet finished."""
+        """The end of the rotation that is done and not yet finished."""
         self.finishing: Rotation | None = None
         """The rotation that runs, until also the root keys that it replaces are removed."""
         self._stopping = False
@@ -307,7 +309,7 @@ class KekVerbs:
                     await self._vault.keyring.change(lambda body: owed.written(body, at=now_rfc3339()))
 
     def _check_replaceable(self, body: Body) -> None:
-        """Raises WrongSlotError unless a new root key can replace the one of this run."""
+        """Checks that a new root key can replace the one of this run. Raises WrongSlotError."""
         if not self.proved_slot_id:
             raise WrongSlotError(
                 "the daemon was unsealed with a root key that was given to it, so it does not know which one its next "

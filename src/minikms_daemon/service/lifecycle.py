@@ -149,7 +149,7 @@ class LifecycleVerbs:
 
 
 def _named(archives: Sequence[str]) -> str:
-    """As many paths as one fact of an audit line holds, and the number of the others."""
+    """The paths that one fact of an audit line holds, and the number of the others."""
     room = DETAIL_CHARS_MAX - len(f"and {len(archives)} more")
     named: list[str] = []
     for path in archives:

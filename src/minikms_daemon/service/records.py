@@ -45,14 +45,16 @@ class RecordVerbs:
     def __init__(self, vault: Vault, table: VerbTable) -> None:
         self._vault = vault
         self._going_on = asyncio.Lock()
-        """Of the batch that works in this turn of the event loop, of those that have given way."""
+        """The lock of the batch that works in this turn of the event loop, of those that have given way."""
         self._table = table
         self._audit_add = table.audit.add
         self._cached = vault.cache.get
         table.now_on_keys(api.ENCRYPT, vault, self.encrypt_one)
         self._encrypt = table[api.ENCRYPT]
         self._last_event = Event(type="encrypt", actor="")
-        """Of the last encryption without a request id. The next one adds it again if key and caller are the same."""
+        """The event of the last encryption without a request id. The next one adds it again if key and caller are the
+        same.
+        """
         table.hot(api.ENCRYPT, self.encrypt)
         table.now_on_keys(api.DECRYPT, vault, self.decrypt)
         table.now_on_keys(api.ENCRYPT_BATCH, vault, self.encrypt_batch)

@@ -30,7 +30,7 @@ from minikms_daemon.service.keks import KekVerbs, RotateToRoot
 from minikms_daemon.service.root_removal import RootRemoval
 
 _DIGEST_CHARS: Final = 44
-"""Of 32 bytes in base64."""
+"""The length of 32 bytes in base64."""
 _SHARES_TEXT: Final = (
     f"shares: set_id has 16 characters of 0-9 and a-f; there are {THRESHOLD_MIN} to {SHARES_COUNT_MAX} digests of 32 "
     f"bytes; threshold is at least {THRESHOLD_MIN} and at most their number"

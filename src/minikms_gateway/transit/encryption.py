@@ -55,7 +55,7 @@ class Records(Item):
 
 
 class Result(Body, omit_defaults=True):
-    """Of an item. `plaintext`: None unless the operation gives one."""
+    """The result of an item. `plaintext`: None unless the operation gives one."""
 
     plaintext: str | None = None
     ciphertext: str = ""
@@ -65,7 +65,7 @@ class Result(Body, omit_defaults=True):
 
 
 Results = list[str | KmsRefusedError]
-"""Of the items of a request, in their order."""
+"""The results of a request's items, in their order."""
 
 
 async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
@@ -214,7 +214,7 @@ def _counted(answer: _Outcomes, wanted: Sequence[object]) -> list[bytes | _Refus
 
 
 def _result(outcome: bytes | _Refused, prefix: str) -> str | KmsRefusedError:
-    """Raises an error of OUT_OF_DATE: the whole batch is made again."""
+    """The text of a result. Raises an error of OUT_OF_DATE: the whole batch is made again."""
     if isinstance(outcome, bytes):
         return prefix + encode_base64(outcome)
     error = refusal(outcome.code, outcome.error)

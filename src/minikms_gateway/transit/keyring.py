@@ -34,7 +34,7 @@ from minikms_gateway.transit.wire import NO_CONTEXT, NO_MACS, NOT_FOUND, ONLY_MA
 THREAD_PREFIX: Final = "transit."
 NAME_CHARS_MAX: Final = api.ID_CHARS_MAX - len(THREAD_PREFIX)
 NAME: Final = re.compile(rf"(?=.{{1,{NAME_CHARS_MAX}}}\Z)\w(?:[\w.-]*\w)?", re.ASCII)
-"""That of Vault, with a bound."""
+"""The form of a name: Vault's, with a bound."""
 VERSIONS_PAGES_MAX: Final = 8
 """Pages of versions of one key."""
 VERSIONS_MAX: Final = VERSIONS_PAGES_MAX * api.LIST_KEYS_COUNT_MAX
@@ -42,7 +42,7 @@ VERSIONS_MAX: Final = VERSIONS_PAGES_MAX * api.LIST_KEYS_COUNT_MAX
 LIST_PAGES_MAX: Final = 100
 """Pages that a list of names looks at."""
 REMEMBERED_VERSIONS_MAX: Final = 65_536
-"""Of all keys of all principals together: 15 MiB, or 60 MiB if each key has one."""
+"""The versions of all keys of all principals together: 15 MiB, or 60 MiB if each key has one."""
 
 Ask = Callable[[Verb[Any, Any], str, Request, str | None], Awaitable[bytes | Response]]
 """Sends a request of the key service for a principal; the last argument is the target, or None for its path."""
@@ -70,7 +70,7 @@ class TransitKey:
         return self.versions[self.latest].key_id
 
     def check_use(self, *, macs: bool) -> None:
-        """Raises VaultError unless the key makes MACs or records, as `macs` says: it never makes both."""
+        """Checks that the key makes MACs or records, as `macs` says: it never makes both. Raises VaultError."""
         if (self.purpose == "mac") != macs:
             raise VaultError(NO_MACS if macs else ONLY_MACS)
 
@@ -79,7 +79,7 @@ class TransitKey:
             raise VaultError(NO_CONTEXT)
 
     def encrypts(self, number: int) -> None:
-        """Raises VaultError unless `number` is 0 or the latest version: the others are retired."""
+        """Checks that `number` is 0 or the latest version: the others are retired. Raises VaultError."""
         if number < 0:
             raise VaultError("requested version for encryption is negative")
         if number > self.latest:
@@ -120,7 +120,7 @@ class Remembered:
 
 
 class Lifetime(NamedTuple):
-    """Of what a caller has shown, in Unix seconds."""
+    """The lifetime of a caller's credential, in Unix seconds."""
 
     begun: float
     until: float
@@ -160,7 +160,7 @@ class Caller:
             raise RequestInterruptedError("the key service sent an answer that can't be read") from None
 
     async def ready(self) -> None:
-        """Raises what the key service answers while it does not serve."""
+        """Checks that the key service serves. Raises its error otherwise."""
         answer = await self._ask(api.READY, self.who, Request(self._head, memoryview(b"")), None)
         if isinstance(answer, Response) and answer.status != 200:
             raise _refusal(answer)
@@ -191,7 +191,7 @@ class Caller:
         return key
 
     async def names(self) -> list[str]:
-        """Of all keys that the principal sees, sorted."""
+        """The names of all keys that the principal sees, sorted."""
         found: set[str] = set()
         async for page in self._pages(LIST_PAGES_MAX):
             found.update(

@@ -18,7 +18,7 @@ TYPE: Final = "aes256-gcm96"
 """What clients call a key that encrypts; the records are XAES-256-GCM."""
 MAC_TYPE: Final = "hmac"
 ROTATE_ATTEMPTS_MAX: Final = 5
-"""Of one rotation, while others win."""
+"""The attempts for one rotation, while others win."""
 NO_DESTRUCTION: Final = (
     "no key is destroyed through the gateway: retire and destroy it at the key service, with `minikms keys`"
 )
@@ -26,7 +26,7 @@ _NO_PERIODS: Final = frozenset({"", "0", "0s", "0m", "0h"})
 
 
 class Settings(Body):
-    """Of a new key, or of `config`."""
+    """The settings of a new key, or of `config`."""
 
     type: Short | None = None
     key_size: Number | None = None
@@ -40,7 +40,7 @@ class Settings(Body):
     min_encryption_version: Number | None = None
 
     def check(self) -> None:
-        """Raises VaultError for what no key here has."""
+        """Refuses what no key here has. Raises VaultError."""
         if self.type not in (None, TYPE, MAC_TYPE):
             raise VaultError(f"unknown key type: this service makes keys of the types {TYPE} and {MAC_TYPE} only")
         if self.type == MAC_TYPE and self.derived:

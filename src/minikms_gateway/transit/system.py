@@ -18,7 +18,7 @@ from minikms_gateway.transit.keyring import Caller
 from minikms_gateway.transit.wire import Body, Short, VaultError, envelope
 
 LOGIN_BYTES_MAX: Final = 16 * 1024
-"""Of the body of a login, which arrives before anybody is known: twice the longest token."""
+"""The size of the body of a login, which arrives before anybody is known: twice the longest token."""
 
 
 class Login(Body):

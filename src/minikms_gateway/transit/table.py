@@ -22,7 +22,7 @@ from minikms_gateway.transit.wire import Body, VaultError, decode, error_respons
 API: Final = "/v1/"
 LOGIN: Final = "auth/jwt/login"
 MTLS_TOKEN: Final = "mtls"  # noqa: S105  no secret: it says that the certificate is the credential
-"""In the place of a token, beside a client certificate, for clients that insist on one."""
+"""The text in place of a token, beside a client certificate, for clients that insist on one."""
 _WRITE: Final = ("POST", "PUT")
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 
@@ -126,7 +126,7 @@ async def _run(operation: Operation, caller: Caller, name: str, body: Any) -> by
 
 
 def _check_headers(head: ParsedHead) -> None:
-    """Raises VaultError for headers that would change what a request means."""
+    """Refuses headers that would change what a request means. Raises VaultError."""
     if head.vault.get("namespace", "").strip("/") not in ("", "root"):
         raise VaultError("there are no namespaces here", 404)
     if "wrap-ttl" in head.vault:

@@ -20,7 +20,7 @@ from minikms.http import Response
 
 BATCH_ITEMS_MAX: Final = api.BATCH_ITEMS_MAX
 TEXT_CHARS_MAX: Final = 1024
-"""Of a `reference`, a type, or another short text."""
+"""The length of a `reference`, a type, or another short text."""
 NUMBER_MAX: Final = 2**31
 OBJECTS_COUNT_MAX: Final = 8 * BATCH_ITEMS_MAX
 """Braces that open in a body: before it is decoded, so that a body of 16 MiB is not some million items."""
@@ -63,7 +63,7 @@ class VaultError(InvalidRequestError):
         super().__init__(text)
         self.status = status
         self.allow = allow
-        """Of a 405: the methods of the path."""
+        """The methods of the path, for a 405."""
 
 
 def text_of(error: KmsRefusedError) -> str:

@@ -82,7 +82,7 @@ class JobTable:
         return Row(raw, self._read(job_id, raw))
 
     async def get(self, job_id: str) -> Job:
-        """As `row`."""
+        """The job of this id, from `row`."""
         return (await self.row(job_id)).job
 
     def _read(self, job_id: str, raw: bytes) -> Job:

@@ -34,7 +34,7 @@ FIELDS: Final = {
     "to": "The first time after it, in UTC.",
     "before": "Only lines with a smaller number.",
 }
-"""Of the form, with what each is."""
+"""The fields of the form, each with its label."""
 BAD_TIME: Final = "a time is written as 2026-03-14T09:30, in UTC"
 BAD_NUMBER: Final = "a line has a number of at most 18 digits"
 CLOSED: Final = "it closed the connection: `users` of `[questions]` must name the user of this server"
@@ -105,7 +105,7 @@ class Auditor:
 
 
 def question(form: Mapping[str, str], **more: str | tuple[str, ...]) -> AuditQuestion:
-    """Of the fields FIELDS, each a text without spaces around it. Raises ApiError 400."""
+    """The question of the fields FIELDS, each a text without spaces around it. Raises ApiError 400."""
     if not (before := form["before"] or "0").isascii() or not before.isdigit() or len(before) > DIGITS_MAX:
         raise bad_request(BAD_NUMBER)
     texts = {name: form[name] for name in ("thread", "actor", "verb", "outcome", "key")}

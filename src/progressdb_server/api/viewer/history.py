@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 HOUR_S: Final = 3600
 DAY_S: Final = 24 * HOUR_S
 SAMPLES_MAX: Final = 240
-"""Of one chart: a sample each 15 s for an hour, each 6 minutes for a day."""
+"""The samples of one chart: one each 15 s for an hour, each 6 minutes for a day."""
 SAMPLE_S: Final = HOUR_S / SAMPLES_MAX
 
 
@@ -60,7 +60,7 @@ class History:
         self._day.take(now_s, totals)
 
     def rates(self, *names: str, day: bool = False) -> list[Point]:
-        """Of these totals, a second."""
+        """The rates of these totals, a second."""
         return [
             Point(at_s, tuple((getattr(new, name) - getattr(old, name)) / (at_s - before_s) for name in names))
             for before_s, old, at_s, new in self._pairs(day)

@@ -154,7 +154,7 @@ def of_status(
 
 
 def _hosts(replica: api.ReplicaStatus) -> Part:
-    """Of a key service on several hosts, as the one that serves sees them."""
+    """The part for a key service on several hosts, as the one that serves sees them."""
     standbys = [member for member in replica.members if member.member_id != replica.member_id]
     told = [_standby(member, replica.number) for member in standbys]
     good = [
