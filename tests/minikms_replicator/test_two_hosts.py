@@ -61,6 +61,8 @@ def check_that_the_host_that_was_away_does_not_serve(hosts: KeyHosts, a: KeyHost
         kms.list_keys()
     said = forked.run("minikms", "replica", "status", *b.at)
     assert said.returncode == 1 and "which the host a reports" in said.stdout
+    said = forked.run("minikms", "doctor", *b.at)
+    assert said.returncode == 1 and said.stdout.count("which the host a reports") == 1
 
 
 def check_that_the_host_with_most_fills_the_database(hosts: KeyHosts, a: KeyHost, b: KeyHost) -> None:

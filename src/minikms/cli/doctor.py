@@ -582,6 +582,12 @@ def status_findings(status: api.StatusAnswer) -> Iterator[Diagnosis]:
         )
     for key_id, why in status.keys.unreadable_files.items():
         yield problem("keys", f"{key_id}: {why}", "restore this file from a backup")
+    replica = status.replica
+    why = "" if replica is None or replica.mode == "serving" else replica.why
+    if replica is not None and why:
+        yield problem("hosts", f"this host is {replica.mode}: {why}", "minikms replica list; the runbook has the steps")
     for text in status.warnings:
+        if why and why in text:
+            continue
         what, _, do = text.partition("; " if "; " in text else ": ")
         yield advice("daemon", what, do or "minikms status")

@@ -413,5 +413,8 @@ async def test_another_policy_or_pin_file_is_a_warning(world: World) -> None:
     listed = {report.name: report.why for report in world.member.answer().members}
     assert listed == {"a": "", "b": "", "c": "it has not reported yet"}
     assert world.member.warnings() == ["b has another policy than this host: make them the same"]
+    refused = msgspec.structs.replace(other, mode="refused", policy="ab", why="replica_forked: two histories")
+    await world.member.next(api.ReplicaNextRequest(3, 7, 1, world.now_ns, members=[refused]))
+    assert world.member.warnings() == ["the host b follows no more: replica_forked: two histories"]
     world.now_ns += LEASE_NS
     assert "no replicator has asked for 10 s" in world.member.warnings()[0]
