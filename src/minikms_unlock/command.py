@@ -156,7 +156,7 @@ def configure(
     server_uid: ServerUid = None,
     json: Json = False,
 ) -> int:
-    """As root, make, pin, add and test a root key that a provider wraps, while the key service runs.
+    """Make, pin, add and test a root key that a provider wraps, while the key service runs, as root.
 
     Run it again after an interruption: it goes on. What opens the keyring already stays.
     """
@@ -177,7 +177,7 @@ def doctor(
     unlock_socket: Annotated[PathText, Parameter(help="The socket of the unlock service.")] = UNLOCK_SOCKET,
     json: Json = False,
 ) -> int:
-    """As its user, check all that the unlock service needs for an answer.
+    """Check all that the unlock service needs for an answer, as its user.
 
     Exit status: 0 no problem, 1 a problem, 2 there is no configuration that can be read.
     """

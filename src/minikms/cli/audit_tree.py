@@ -109,7 +109,9 @@ def policy(log_keys: Sequence[str] | None, witnesses: Sequence[str] | None, quor
 def compare_with_tree(
     log_directory: str, checkpoint: str, believed: WitnessPolicy, max_age: str, tree_dir: str | None
 ) -> TreeReport:
-    """Raises KmsRefusedError, for example if the tree checkpoint can't be believed, and OSError."""
+    """Compares the lines with the tree. Raises KmsRefusedError, for example if the tree checkpoint can't be believed,
+    and OSError.
+    """
     age_max_s = _seconds(max_age)
     content = exporting.read_bounded(Path(checkpoint), note.NOTE_BYTES_MAX)
     if content is None:

@@ -140,7 +140,7 @@ def found_data_dir(given: str | None, *, look: bool = True) -> str | None:
 
 
 def chosen_socket(given: str | None, *, must_exist: bool = True) -> str:
-    """Raises CommandError when `found_socket` has none."""
+    """The socket, from `found_socket`. Raises CommandError when it has none."""
     path = found_socket(given, look=must_exist)
     if path is None:
         raise CommandError(f"name the daemon's socket: --socket PATH, or {SOCKET_VARIABLE}")
@@ -179,7 +179,7 @@ def chosen_key_file(given: Path | None, descriptor: int | None) -> Path | None:
 def chosen_source(
     key_file: Path | None, descriptor: int | None, source: str | None = None, *, rewritable: bool = False
 ) -> str | None:
-    """Where the root key is, as the text of a source; None when no place is given.
+    """The source of the root key, as text; None when no place is given.
 
     source: the text of `--root`, else of its variable, unless --master-key-file is given. Raises CommandError when it
     is given twice, or not as a file that is to be rewritten; StartError for a text that is no source.
@@ -265,7 +265,7 @@ def needed_root(
     data_dir: str | None = None,
     keyring_id: Callable[[], str] | None = None,
 ) -> RootProvider:
-    """As `chosen_root`, with its errors. Raises CommandError also when no place is given."""
+    """The root key like `chosen_root`, with its errors. Raises CommandError also when no place is given."""
     root = chosen_root(key_file, descriptor, source, data_dir=data_dir, keyring_id=keyring_id)
     if root is None:
         raise CommandError("give the root key, as for the daemon: --master-key-file FILE, or --root SOURCE")

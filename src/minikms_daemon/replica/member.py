@@ -463,7 +463,9 @@ class Member:
             self._host.seal_for_all()
 
     def _refused(self, error: KmsRefusedError) -> api.ReplicaPosition:
-        """Raises an error once, for one line in the log: the replicator asks twice a second."""
+        """The position after an error; a new error is raised, for one line in the log: the replicator asks twice a
+        second.
+        """
         if self.state.mode not in ("following", "refused"):
             raise error
         why = f"{error.code}: {error}"

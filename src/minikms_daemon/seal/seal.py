@@ -183,7 +183,6 @@ class SealableServer:
         """The view of the audit log while the daemon is sealed."""
 
     def _found_replica(self) -> Member | NoMember:
-        """Raises StartError."""
         process = self._process
         stored = replica_file.read(process.lock.directory_fd)
         if stored is None:

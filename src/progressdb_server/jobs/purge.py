@@ -136,7 +136,7 @@ class ThreadPurge(Kind):
         return keys
 
     async def _check_gone(self, key_ids: Collection[str], *codes: str) -> None:
-        """Raises JobFailedError for a key that may still be there, KmsError."""
+        """Checks that no key is left. Raises JobFailedError for one that may still be there, and KmsError."""
         for key_id in sorted(key_ids):
             try:
                 await self._provider.get_key(key_id)

@@ -253,7 +253,7 @@ def read_manifest(path: str) -> Manifest:
 
 
 def check_lengths(path: str) -> None:
-    """Raises BackupError unless every file of the manifest is there, with its length."""
+    """Checks that every file of the manifest is there, with its length. Raises BackupError."""
     for file in read_manifest(path).files:
         try:
             length = os.stat(os.path.join(path, STORE, file.name)).st_size

@@ -61,7 +61,7 @@ def check_url(url: str) -> None:
 
 
 def now_s() -> float:
-    """Of a clock that goes on while the machine sleeps, and that nobody sets."""
+    """The time of a clock that goes on while the machine sleeps, and that nobody sets."""
     return boot_ns() / 1e9
 
 
