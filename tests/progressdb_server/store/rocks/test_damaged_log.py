@@ -171,7 +171,7 @@ def test_without_a_number_of_acknowledged_writes_any_whole_log_opens(
     assert acknowledged.last(str(path)) == ACKNOWLEDGED
 
 
-def test_the_file_of_acknowledged_writes_has_this_form_and_the_former_one_is_read(tmp_path: Path) -> None:
+def test_the_number_has_this_checksum_and_one_without_it_is_read(tmp_path: Path) -> None:
     noted = acknowledged.Acknowledged(str(tmp_path))
     noted.note(1234)
     noted.close()
