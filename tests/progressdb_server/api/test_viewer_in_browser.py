@@ -95,6 +95,21 @@ def test_what_users_typed_is_text_and_never_runs(server: RealServer, page: Brows
     assert page.complaints == []
 
 
+def test_names_that_users_chose_squeeze_and_turn_nothing(server: RealServer, page: Browser) -> None:
+    author = "\u202eeve"
+    thread = server("POST", "/v1/threads", {"title": "A" * 1000, "author": author}).json["id"]
+    page.size(1100, 800)
+    page.go(url(server, "/viewer/threads"))
+    row = f"document.querySelector('a[href=\"/viewer/threads/{thread}\"]').closest('tr')"
+    assert page.evaluate(f"{row}.querySelector('td code').getClientRects().length") <= 2
+    assert page.evaluate(f"{row}.querySelector('th bdi').title") == "A" * 1000
+    assert page.evaluate(f"{row}.clientHeight") < 120
+    page.go(url(server, f"/viewer/threads/{thread}"))
+    bdi = page.evaluate("document.querySelector('main > p bdi').textContent")
+    assert bdi == author
+    assert page.evaluate("getComputedStyle(document.querySelector('main > p bdi')).unicodeBidi") == "isolate"
+
+
 def test_an_inline_script_would_not_run_either(server: RealServer, page: Browser) -> None:
     """The policy stops what escaping would have let through."""
     page.go(url(server, "/viewer/"))
@@ -123,7 +138,7 @@ def test_a_running_job_is_followed_without_reloading(server: RealServer, page: B
     assert begun.json["new_key"] in page.evaluate("document.querySelector('article footer').textContent")
 
 
-def test_a_page_says_that_the_server_is_away_and_that_the_session_has_ended(server: RealServer) -> None:
+def test_a_page_says_that_the_server_is_away_or_the_session_has_ended(server: RealServer) -> None:
     with Browser() as browser:
         browser.go(url(server, "/viewer/"))
         browser.evaluate(f"document.getElementById('key').value = {ADMIN!r}")

@@ -12,10 +12,12 @@ import base64
 import contextlib
 import json
 import math
+import re
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from minikms import api
 from minikms.api.errors import KeyDestroyedError, KmsError
@@ -74,9 +76,11 @@ SESSION_COOKIE: Final = "progressdb_viewer"
 LOGIN_COOKIE: Final = "progressdb_login"
 LOGIN_RPS: Final = 0.2
 LOGIN_BURST: Final = 10
-"""Refused keys of login attempts from one address. While its bucket is empty, no key is looked at."""
-_LOGIN_FIELDS: Final = frozenset({"csrf", "key", "username"})
+"""Refused keys of login attempts from one address. Beyond them a wrong key is a 429, and a right one opens."""
+_LOGIN_FIELDS: Final = frozenset({"csrf", "key", "username", "next"})
 """`username` is for password managers."""
+_PLACE: Final = re.compile(r"/viewer/[A-Za-z0-9._~%/?&=+:-]{0,1000}", re.ASCII)
+"""What a login may lead to."""
 JOBS_SHOWN_MAX: Final = 50
 JOBS_READ_MAX: Final = 1000
 OPEN_S_MAX: Final = 5.0
@@ -147,7 +151,9 @@ class Viewer:
         async def guarded(request: ApiRequest) -> ApiResponse:
             session = self.sessions.find(_cookie(request, SESSION_COOKIE), time.monotonic())
             if session is None:
-                return redirect(303, "/viewer/login")
+                place = request.path + (f"?{query}" if (query := request.query_string.decode("latin-1")) else "")
+                asked = f"?next={quote(place, safe='/')}" if _PLACE.fullmatch(place) and place != "/viewer/" else ""
+                return redirect(303, f"/viewer/login{asked if request.method == 'GET' else ''}")
             request.viewer_key = session.key_number
             return await page(request, session)
 
@@ -155,11 +161,11 @@ class Viewer:
 
     async def _login_form(self, request: ApiRequest) -> ApiResponse:
         """Show the login form."""
-        return self._login_page(200, "")
+        return self._login_page(200, "", request.query_params.get("next", ""))
 
-    def _login_page(self, status: int, problem: str, headers: tuple[Header, ...] = ()) -> ApiResponse:
+    def _login_page(self, status: int, problem: str, place: str, headers: tuple[Header, ...] = ()) -> ApiResponse:
         token = new_token()
-        page = pages.render("viewer/login.html", csrf=token, problem=problem)
+        page = pages.render("viewer/login.html", csrf=token, problem=problem, next=place)
         return pages.page_response(page, status, (self._set_cookie(LOGIN_COOKIE, token, "/viewer/login"), *headers))
 
     async def _login(self, request: ApiRequest) -> ApiResponse:
@@ -168,21 +174,22 @@ class Viewer:
         The form's token must match its cookie, so that no form of another site can log a user in."""
         form = await _form(request, _LOGIN_FIELDS)
         address, now_s = address_group(request.client_address), time.monotonic()
-        wait_s = self._attempts.wait_s(address, now_s)
-        if wait_s > 0:
-            return self._login_page(429, TOO_MANY_ATTEMPTS, (retry_after(math.ceil(wait_s)),))
+        place = form.get("next", "")
         if not same(_cookie(request, LOGIN_COOKIE), form.get("csrf", "")):
-            return self._login_page(403, OLD_FORM)
+            return self._login_page(403, OLD_FORM, place)
         caller = self._keys.find(form.get("key", "").encode("utf-8", "surrogatepass"))
         if caller is None or caller.role is not Role.ADMIN:
+            if (wait_s := self._attempts.wait_s(address, now_s)) > 0:
+                return self._login_page(429, TOO_MANY_ATTEMPTS, place, (retry_after(math.ceil(wait_s)),))
             self._attempts.take(address, now_s)
             _log.warning("viewer_login_refused", request_id=request.request_id)
-            return self._login_page(401, INVALID_LOGIN, UNAUTHORIZED_HEADERS)
+            return self._login_page(401, INVALID_LOGIN, place, UNAUTHORIZED_HEADERS)
+        self.sessions.end(_cookie(request, SESSION_COOKIE))
         token = self.sessions.begin(caller.number, time.monotonic())
         _log.info("viewer_login", request_id=request.request_id, key=caller.number)
         return redirect(
             303,
-            "/viewer/",
+            place if _PLACE.fullmatch(place) else "/viewer/",
             (
                 self._set_cookie(SESSION_COOKIE, token, "/viewer"),
                 self._set_cookie(LOGIN_COOKIE, "", "/viewer/login", ended=True),
@@ -417,7 +424,12 @@ class Viewer:
                 needs=NOTHING,
             ),
             _shown("/viewer/status", inside(self._status), needs=NOTHING),
-            without_session("/viewer/login", self._login_form, content_type="text/html"),
+            without_session(
+                "/viewer/login",
+                self._login_form,
+                content_type="text/html",
+                parameters=(Parameter("next", TEXT, "The page to show after the login."),),
+            ),
             _posted(
                 "/viewer/login",
                 self._login,
@@ -532,7 +544,7 @@ def _posted(path: str, handler: Handler, errors: dict[int, tuple[str, ...]], fie
     form = {
         "type": "object",
         "properties": {name: {"type": "string", "maxLength": 1000} for name in sorted(fields)},
-        "required": sorted(fields - {"username"}),
+        "required": sorted(fields - {"username", "next"}),
         "additionalProperties": False,
     }
     errors = {413: (TOO_LARGE,), 400: (UNKNOWN_FIELD,), **errors}

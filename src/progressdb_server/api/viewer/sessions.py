@@ -2,8 +2,8 @@
 
 Owns: the table of sessions and its bounds. Invariants: a cookie contains a random token and nothing else, and the table
 contains only the token's digest; a session ends `SESSION_SECONDS_MAX` after its login or `IDLE_SECONDS_MAX` after its
-last use, whichever is first; there are at most `SESSIONS_COUNT_MAX`, and a new one beyond that ends the least recently
-used. Callers pass the time in.
+last use, whichever is first; there are at most `SESSIONS_COUNT_MAX`, and a new one beyond that ends the oldest that
+opened no page, else the least recently used. Callers pass the time in.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKEN_BYTES: Final = 32
 
 
 class ViewerSession:
-    __slots__ = ("csrf", "key_number", "started_s", "used_s")
+    __slots__ = ("csrf", "key_number", "started_s", "used", "used_s")
 
     def __init__(self, key_number: int, now_s: float) -> None:
         self.key_number = key_number
@@ -29,6 +29,8 @@ class ViewerSession:
         self.csrf = new_token()
         self.started_s = now_s
         self.used_s = now_s
+        self.used = False
+        """Whether a page was opened in it."""
 
     def check(self, token: str) -> bool:
         """Whether the token of a form belongs to this session."""
@@ -49,7 +51,8 @@ class Sessions:
         """Begin a session. Returns the token for the cookie."""
         self._drop_ended(now_s)
         while len(self._sessions) >= SESSIONS_COUNT_MAX:
-            self._sessions.popitem(last=False)
+            unused = (digest for digest, session in self._sessions.items() if not session.used)
+            del self._sessions[next(unused, next(iter(self._sessions)))]
         token = new_token()
         self._sessions[_digest(token)] = ViewerSession(key_number, now_s)
         return token
@@ -63,7 +66,7 @@ class Sessions:
         if session.has_ended(now_s):
             del self._sessions[digest]
             return None
-        session.used_s = now_s
+        session.used_s, session.used = now_s, True
         self._sessions.move_to_end(digest)
         return session
 
