@@ -151,7 +151,7 @@ def write(reports: Iterable[pytest.TestReport]) -> None:
     phases = [report for report in reports if report.when != "teardown"]  # in it the last test of a module pays for all
     own, shared = defaultdict[str, float](float), defaultdict[str, float](float)
     for report in phases:
-        own_s, shared_s = report.__dict__["parts"]
+        own_s, shared_s = report.__dict__.get("parts", (0.0, 0.0))  # a test that ended its worker has none
         own[function_of(report.nodeid)] += own_s
         shared[function_of(report.nodeid)] = max(shared[function_of(report.nodeid)], shared_s)
     skipped = {function_of(report.nodeid) for report in phases if report.skipped}
