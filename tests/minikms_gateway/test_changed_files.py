@@ -54,7 +54,7 @@ def test_a_file_that_changes_during_a_load_is_noticed_afterwards(
         replace(tmp_path / "clients.pem", Authority("another root").pem)
         return trust
 
-    monkeypatch.setattr(process, "Trust", read_and_replace)
+    monkeypatch.setattr(process, "CertificateTrust", read_and_replace)
     loaded = loader.load()
     assert loader.signature(loaded.config) != loaded.signature
 

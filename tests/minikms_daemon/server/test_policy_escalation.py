@@ -218,7 +218,7 @@ def test_behind_a_proxy_the_status_says_nothing_of_files_roots_and_others(daemon
     shown = daemon.caller(PROXY, CHAT).get("/status").body
     whole = daemon.status()
     assert shown.keys() == {"status", "uptime_seconds", "epoch", "keyring_id", "keys", "audit"}
-    assert shown["keys"] == {"indexing": False}
+    assert shown["keys"] == {"indexing": False, "writable": True, "unavailable_reason": ""}
     assert shown["audit"].keys() == {"head", "writable", "synced"}
     assert (shown["epoch"], shown["keyring_id"]) == (whole["epoch"], whole["keyring_id"])
     assert shown["audit"]["head"]["seq"] <= whole["audit"]["head"]["seq"]
