@@ -18,6 +18,9 @@ import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
 IDENTIFIER = r"[A-Za-z_]\w*"
+NO_CODE = {
+    tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
+}  # fmt: skip
 
 
 @cache
@@ -95,6 +98,24 @@ def docstrings(path: Path) -> tuple[Prose, ...]:
         and isinstance(statement.value, ast.Constant)
         and isinstance(statement.value.value, str)
     )
+
+
+def code_lines(path: Path) -> int:
+    """The number of lines without blanks, comments, docstrings and imports."""
+    left_out = {
+        line
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str))
+        for line in range(node.lineno, (node.end_lineno or node.lineno) + 1)
+    }
+    lines = {
+        line
+        for token in tokenize.generate_tokens(io.StringIO(text_of(path)).readline)
+        if token.type not in NO_CODE
+        for line in range(token.start[0], token.end[0] + 1)
+    }
+    return len(lines - left_out)
 
 
 class Tokens(NamedTuple):
