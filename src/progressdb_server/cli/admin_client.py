@@ -137,6 +137,8 @@ class AdminClient:
             sentence = f"status {status}"
         sentence = clean(sentence)
         hint = ""
+        if status == 401:
+            sentence = sentence.partition(":")[0]  # the rest is for programs that send the header themselves
         if status in (401, 403) and not self._headers:
             hint = ": give the server's configuration (--config), or its PROGRESSDB_API_ADMIN_KEYS"
         elif status == 401:

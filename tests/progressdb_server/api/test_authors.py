@@ -4,6 +4,15 @@ from typing import Any
 
 import pytest
 
+from progressdb_server.api.gate.errors import (
+    AUTHOR_REQUIRED,
+    AUTHOR_TOO_LONG,
+    INVALID_JSON,
+    INVALID_SIGNATURE,
+    MISSING_SIGNATURE,
+    UNAUTHORIZED,
+)
+from progressdb_server.api.routes.admin import INVALID_PAYLOAD
 from progressdb_server.config import ApiKeys
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, OTHER_BACKEND, Api, signature, signed
 
@@ -42,24 +51,24 @@ def test_a_signed_user_is_the_author() -> None:
 )
 def test_an_invalid_user_id_is_not_signed(raw: bytes) -> None:
     reply = Api()("POST", "/v1/_sign", raw=raw)
-    assert (reply.status, reply.error) == (400, "invalid payload")
+    assert (reply.status, reply.error) == (400, INVALID_PAYLOAD)
 
 
 @pytest.mark.parametrize("key", [BACKEND, ADMIN, FRONTEND])
 @pytest.mark.parametrize(
     ("headers", "error"),
     [
-        ({"X-User-ID": "alice", "X-User-Signature": signature("mallory")}, "invalid signature"),
-        ({"X-User-ID": "alice", "X-User-Signature": signature("alice").upper()}, "invalid signature"),
-        ({"X-User-ID": "alice", "X-User-Signature": signature("alice")[:-1]}, "invalid signature"),
-        ({"X-User-ID": "alice", "X-User-Signature": signature("alice", ADMIN)}, "invalid signature"),
-        ({"X-User-ID": "alice", "X-User-Signature": signature("alice", FRONTEND)}, "invalid signature"),
-        ({"X-User-ID": "alice", "X-User-Signature": signature("alice", "replaced-key")}, "invalid signature"),
-        ({"X-User-ID": "Alice", "X-User-Signature": signature("alice")}, "invalid signature"),
-        ({"X-User-ID": "alice", "X-User-Signature": "ü"}, "invalid signature"),
-        ({"X-User-Signature": signature("alice")}, "missing signature headers"),
-        ({"X-User-ID": "", "X-User-Signature": signature("")}, "missing signature headers"),
-        ({"X-User-ID": "alice", "X-User-Signature": ""}, "missing signature headers"),
+        ({"X-User-ID": "alice", "X-User-Signature": signature("mallory")}, INVALID_SIGNATURE),
+        ({"X-User-ID": "alice", "X-User-Signature": signature("alice").upper()}, INVALID_SIGNATURE),
+        ({"X-User-ID": "alice", "X-User-Signature": signature("alice")[:-1]}, INVALID_SIGNATURE),
+        ({"X-User-ID": "alice", "X-User-Signature": signature("alice", ADMIN)}, INVALID_SIGNATURE),
+        ({"X-User-ID": "alice", "X-User-Signature": signature("alice", FRONTEND)}, INVALID_SIGNATURE),
+        ({"X-User-ID": "alice", "X-User-Signature": signature("alice", "replaced-key")}, INVALID_SIGNATURE),
+        ({"X-User-ID": "Alice", "X-User-Signature": signature("alice")}, INVALID_SIGNATURE),
+        ({"X-User-ID": "alice", "X-User-Signature": "ü"}, INVALID_SIGNATURE),
+        ({"X-User-Signature": signature("alice")}, MISSING_SIGNATURE),
+        ({"X-User-ID": "", "X-User-Signature": signature("")}, MISSING_SIGNATURE),
+        ({"X-User-ID": "alice", "X-User-Signature": ""}, MISSING_SIGNATURE),
     ],
 )
 @pytest.mark.parametrize("path", ["/v1/threads", "/v1/messages/m"])
@@ -77,8 +86,8 @@ def test_no_signature_is_valid_without_a_backend_key() -> None:
     api = Api(api_keys=ApiKeys(frontend=(FRONTEND,), allow_unauth=True))
     for forged in (signature("alice", ""), signature("alice", FRONTEND)):
         headers = {"X-User-ID": "alice", "X-User-Signature": forged}
-        assert api("GET", "/v1/threads", key=FRONTEND, headers=headers).error == "invalid signature"
-        assert api("GET", "/v1/threads", key=None, headers=headers).error == "invalid signature"
+        assert api("GET", "/v1/threads", key=FRONTEND, headers=headers).error == INVALID_SIGNATURE
+        assert api("GET", "/v1/threads", key=None, headers=headers).error == INVALID_SIGNATURE
 
 
 # --- the author of a call ---------------------------------------------------------------------------------------
@@ -137,7 +146,7 @@ def test_a_backend_must_name_an_author_on_these_routes(method: str, path: str, k
     target = path.format(t=message["thread"], m=message["id"])
     body = None if method in ("GET", "DELETE") else ANY_BODY
     reply = api(method, target, body, key=key)
-    assert (reply.status, reply.error) == (400, "author required for backend requests")
+    assert (reply.status, reply.error) == (400, AUTHOR_REQUIRED)
 
 
 @pytest.mark.parametrize(("method", "path"), NEED_NO_AUTHOR)
@@ -174,8 +183,8 @@ def test_an_author_in_the_body_must_not_contradict_the_signature(method: str, pa
 @pytest.mark.parametrize(
     ("author", "error"),
     [
-        ("x" * 129, "author too long"),
-        ("é" * 65, "author too long"),
+        ("x" * 129, AUTHOR_TOO_LONG),
+        ("é" * 65, AUTHOR_TOO_LONG),
         ("a\x00b", "author holds a control character"),
         ("a\nb", "author holds a control character"),
         ("a\x7fb", "author holds a control character"),
@@ -196,4 +205,19 @@ def test_any_other_author_is_accepted(author: str) -> None:
 
 def test_a_signed_user_that_is_too_long_is_refused_too() -> None:
     reply = Api()("GET", "/v1/threads", key=FRONTEND, headers=signed("x" * 129))
-    assert (reply.status, reply.error) == (400, "author too long")
+    assert (reply.status, reply.error) == (400, AUTHOR_TOO_LONG)
+
+
+def test_a_sentence_begins_with_the_text_of_progressdb_0_1() -> None:
+    """An SDK may match on it."""
+    texts = {
+        UNAUTHORIZED: "unauthorized",
+        MISSING_SIGNATURE: "missing signature headers",
+        INVALID_SIGNATURE: "invalid signature",
+        INVALID_JSON: "invalid json",
+        INVALID_PAYLOAD: "invalid payload",
+        AUTHOR_REQUIRED: "author required for backend requests",
+        AUTHOR_TOO_LONG: "author too long",
+    }
+    assert all(sentence.startswith(f"{text}: ") for sentence, text in texts.items())
+    assert "X-User-ID" in AUTHOR_REQUIRED and "X-API-Key" in UNAUTHORIZED

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from progressdb_server.api.gate.errors import INVALID_JSON, UNAUTHORIZED
 from progressdb_server.api.openapi.document import document, error_texts
+from progressdb_server.api.routes.admin import INVALID_PAYLOAD
 from progressdb_server.api.routes.paging import INVALID_LIMIT
 from progressdb_server.config import BODY_BYTES_MIN
 from progressdb_server.http.limits import HEAD_BYTES_MAX
@@ -58,7 +60,7 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     ),
     "forbidden": lambda world, operation: world(_any(operation), world.closed),
     "rate limit exceeded (PROGRESSDB_RATE_RPS)": lambda world, operation: world(_any(operation), world.limited),
-    "unauthorized": lambda world, operation: world(_any(operation)._replace(key="unknown")),
+    UNAUTHORIZED: lambda world, operation: world(_any(operation)._replace(key="unknown")),
     "internal error": provoking.with_fault(fault_words.DEFECT),
     DISK: provoking.with_fault(fault_words.DISK),
     "not ready": provoking.not_ready,
@@ -69,8 +71,8 @@ PROVOKED: dict[str, Callable[[World, str], Reply]] = {
     "too many bodies are being received: send this one again later": provoking.no_room,
     "a query parameter is given twice": provoking.twice,
     "the query is not UTF-8": provoking.not_utf8,
-    "invalid json": provoking.bad_json,
-    "invalid payload": provoking.bad_json,
+    INVALID_JSON: provoking.bad_json,
+    INVALID_PAYLOAD: provoking.bad_json,
     "invalid request": provoking.bad_json,
     "this Idempotency-Key was used before with another request": provoking.repeated_key,
     TooManyVersionsError.text: provoking.with_fault(fault_words.CROWDED),

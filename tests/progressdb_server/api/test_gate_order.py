@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from progressdb_server.api.gate.access import AllowList, Proxies
+from progressdb_server.api.gate.errors import MISSING_SIGNATURE, UNAUTHORIZED
 from progressdb_server.api.gate.keys import KeyTable
 from progressdb_server.config import ApiKeys, Cors, RateLimit
 from tests.harness.logged import capture_logs
@@ -147,7 +148,7 @@ def test_a_key_comes_as_bearer_or_as_x_api_key(headers: dict[str, str], status: 
     reply = Api()("GET", "/admin/health", key=None, headers=headers)
     assert reply.status == status
     if status == 401:
-        assert reply.error == "unauthorized"
+        assert reply.error == UNAUTHORIZED
         assert reply.headers["www-authenticate"] == "Bearer"
 
 
@@ -196,7 +197,7 @@ OPEN = ApiKeys(backend=(BACKEND,), admin=(ADMIN,), allow_unauth=True)
 def test_a_caller_allowed_without_a_key_needs_a_signature_and_is_no_admin(key: str | None) -> None:
     api = Api(api_keys=OPEN)
     unsigned = api("GET", "/v1/threads", key=key)
-    assert (unsigned.status, unsigned.error) == (401, "missing signature headers")
+    assert (unsigned.status, unsigned.error) == (401, MISSING_SIGNATURE)
     assert api("GET", "/v1/threads", key=key, headers=signed("alice")).status == 200
     for path in ("/admin/health", "/admin/keys", "/metrics", "/v1/_sign", "/nowhere"):
         refused = api("GET", path, key=key, headers=signed("alice"))
@@ -225,7 +226,7 @@ def test_a_signed_front_end_key_reaches_messages_and_threads_only(method: str, p
 def test_a_front_end_key_needs_a_signed_user() -> None:
     for headers in ({}, {"X-User-ID": "alice"}, {"X-User-Signature": "00"}, {"X-User-ID": "", "X-User-Signature": ""}):
         reply = Api()("GET", "/v1/threads", key=FRONTEND, headers=headers)
-        assert (reply.status, reply.error) == (401, "missing signature headers")
+        assert (reply.status, reply.error) == (401, MISSING_SIGNATURE)
 
 
 # --- 6. rate ----------------------------------------------------------------------------------------------------

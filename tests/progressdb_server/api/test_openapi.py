@@ -12,17 +12,26 @@ from prometheus_client import CollectorRegistry
 from progressdb_server import config
 from progressdb_server.api.application import operations
 from progressdb_server.api.gate.access import for_users
+from progressdb_server.api.gate.errors import (
+    AUTHOR_REQUIRED,
+    AUTHOR_TOO_LONG,
+    INVALID_JSON,
+    INVALID_SIGNATURE,
+    MISSING_SIGNATURE,
+    UNAUTHORIZED,
+)
 from progressdb_server.api.gate.keys import ADMINS, OPERATORS, KeyTable
 from progressdb_server.api.openapi.description import JsonBody, Operation
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
 from progressdb_server.api.routes import jobs as job_routes
 from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
-from progressdb_server.api.routes.admin import SignBody
-from progressdb_server.api.routes.messages import INVALID_VERSION
+from progressdb_server.api.routes.admin import INVALID_PAYLOAD, SignBody
+from progressdb_server.api.routes.messages import INVALID_VERSION, REACTION_TOO_LONG, ROLE_TOO_LONG
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.routes.table import Resource
+from progressdb_server.api.routes.threads import SLUG_TOO_LONG, TITLE_TOO_LONG
 from progressdb_server.api.viewer.audit import Auditor
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
@@ -104,14 +113,15 @@ def test_every_operation_has_a_name_of_its_own(described: dict[str, Any]) -> Non
 
 
 def test_every_refusal_that_the_specification_names_is_in_the_document() -> None:
-    """Sentences in backticks that stand beside a status in docs/spec/server-http.md."""
+    """Sentences in backticks, or what they begin with, that stand beside a status in docs/spec/server-http.md."""
     named = re.findall(r"(40[0-9]|413|429) ((?:`[a-z][^`]+`(?:, )?)+)", " ".join(SPECIFICATION.read_text().split()))
     wanted = {(int(status), text) for status, texts in named for text in re.findall(r"`([^`]+)`", texts)}
     told = {
-        (status, sentence)
+        (status, text)
         for key, operation in OPERATIONS.items()
         for status, sentences in error_texts(operation).items()
         for sentence in sentences
+        for text in (sentence, sentence.partition(": ")[0])
     }
     unrouted = {(404, "not found")}  # of a path that is not there
     assert len(wanted) > 15
@@ -289,18 +299,18 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
     "forbidden": _refused_address,
     "rate limit exceeded (PROGRESSDB_RATE_RPS)": _limited,
     "internal error": _failing,
-    "unauthorized": lambda case: case(key="unknown"),
-    "missing signature headers": lambda case: case(key=FRONTEND, headers={}),
-    "invalid signature": lambda case: case(headers={"X-User-ID": "alice", "X-User-Signature": "0"}),
+    UNAUTHORIZED: lambda case: case(key="unknown"),
+    MISSING_SIGNATURE: lambda case: case(key=FRONTEND, headers={}),
+    INVALID_SIGNATURE: lambda case: case(headers={"X-User-ID": "alice", "X-User-Signature": "0"}),
     "the key service is not available now": _store_says(StoreUnavailableError("the key service is not available now")),
     SEALED: _store_says(StoreUnavailableError(SEALED)),
     "the store's disk is not available now": _store_says(EngineUnavailableError()),
-    "invalid json": lambda case: case(raw=b"{"),
-    "invalid payload": lambda case: case(raw=b"{"),
+    INVALID_JSON: lambda case: case(raw=b"{"),
+    INVALID_PAYLOAD: lambda case: case(raw=b"{"),
     "request body too large": lambda case: case(raw=b" " * 1_200_000),
     "a query parameter is given twice": lambda case: case(query="x=1&x=1"),
     "the query is not UTF-8": lambda case: case(query="x=%ff"),
-    "author too long": lambda case: (
+    AUTHOR_TOO_LONG: lambda case: (
         case(target=case.target.replace("/alice", "/" + "a" * 129))
         if "identity" in case.template
         else case(headers={}, query="author=" + "a" * 129)
@@ -319,9 +329,9 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
         if "reactions" in case.template
         else case(headers=signed("mallory"), key=FRONTEND, body={**case.body, "reactions": {"alice": "+1"}})
     ),
-    "author required for backend requests": lambda case: case(headers={}),
+    AUTHOR_REQUIRED: lambda case: case(headers={}),
     "body is required": lambda case: case.with_body(body=None),
-    "role too long": lambda case: case.with_body(role="r" * 129),
+    ROLE_TOO_LONG: lambda case: case.with_body(role="r" * 129),
     "reply_to is not a message id": lambda case: case.with_body(reply_to="a/b"),
     "too many reactions": lambda case: (
         _store_says(TooManyReactionsError(), but="message")(case)
@@ -368,16 +378,16 @@ PROVOKED: dict[str, Callable[[Case], Reply]] = {
         )
     ),
     "missing id or reaction": lambda case: case.with_body(reaction=""),
-    "reaction too long": lambda case: (
+    REACTION_TOO_LONG: lambda case: (
         case.with_body(reaction="r" * 257)
         if "reactions" in case.template
         else case.with_body(reactions={"alice": "r" * 257})
     ),
     "title is required": lambda case: case(body={}),
-    "title too long": lambda case: (
+    TITLE_TOO_LONG: lambda case: (
         case(query="title=" + "t" * 4097) if case.method == "GET" else case.with_body(title="t" * 4097)
     ),
-    "slug too long": lambda case: case(query="slug=" + "s" * 5000),
+    SLUG_TOO_LONG: lambda case: case(query="slug=" + "s" * 5000),
     "prefix too long": lambda case: case(query="prefix=" + "p" * 1025),
     "key not found": _unknown,
 }

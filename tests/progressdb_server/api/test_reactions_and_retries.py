@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from progressdb_server.api.gate.errors import AUTHOR_TOO_LONG
 from progressdb_server.api.gate.keys import KeyTable
+from progressdb_server.api.routes.messages import REACTION_TOO_LONG
 from progressdb_server.store.model import (
     IdempotencyConflictError,
     InvalidThreadIdError,
@@ -87,10 +89,10 @@ def test_reactions_of_an_unknown_message_are_a_404(method: str, tail: str, body:
 @pytest.mark.parametrize(
     ("reactions", "error"),
     [
-        ({"": "x" * 257}, "reaction too long"),
-        ({"bob": "x" * 257}, "reaction too long"),
-        ({"b" * 129: ""}, "author too long"),
-        ({"b" * 129: "+1"}, "author too long"),
+        ({"": "x" * 257}, REACTION_TOO_LONG),
+        ({"bob": "x" * 257}, REACTION_TOO_LONG),
+        ({"b" * 129: ""}, AUTHOR_TOO_LONG),
+        ({"b" * 129: "+1"}, AUTHOR_TOO_LONG),
     ],
 )
 @pytest.mark.one_engine("refused before the store is asked")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from progressdb_server.api.application import operations
+from progressdb_server.api.gate.errors import AUTHOR_REQUIRED, MISSING_SIGNATURE, UNAUTHORIZED
 from progressdb_server.config import ApiKeys
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, KEYS, Api, signed
 
@@ -85,10 +86,10 @@ def test_who_may_call_what(method: str, path: str, body: object, statuses: tuple
             assert (reply.body, "content-type" in reply.headers) == (b"", False), caller
         elif status != 200:
             assert reply.error in {
-                "unauthorized",
+                UNAUTHORIZED,
                 "forbidden",
-                "missing signature headers",
-                "author required for backend requests",
+                MISSING_SIGNATURE,
+                AUTHOR_REQUIRED,
             }, caller
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from progressdb_server.api.gate.errors import INVALID_SIGNATURE, MISSING_SIGNATURE, UNAUTHORIZED
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, signature
 from tests.progressdb_server.api.real_server import RealServer
 from tests.progressdb_server.api.sdk import TEST_S_MAX, ApiError, Sdk
@@ -138,9 +139,9 @@ def test_a_signed_front_end_user_talks_with_its_partners_only(sdk: Sdk) -> None:
         request("PUT", path, {"body": "mine"}, headers=headers["eve"])
     with refusal(403, "author mismatch between signature and body author"):
         request("POST", "/v1/messages", {"author": "ann", "body": "x"}, headers=headers["eve"])
-    with refusal(401, "invalid signature"):
+    with refusal(401, INVALID_SIGNATURE):
         request("GET", path, headers={**headers["eve"], "X-User-ID": "ann"})
-    with refusal(401, "missing signature headers"):
+    with refusal(401, MISSING_SIGNATURE):
         request("GET", path)
     with refusal(403, "forbidden"):
         sdk(FRONTEND).admin_health()
@@ -149,5 +150,5 @@ def test_a_signed_front_end_user_talks_with_its_partners_only(sdk: Sdk) -> None:
 
 
 def test_an_unknown_key_is_refused(sdk: Sdk) -> None:
-    with refusal(401, "unauthorized"):
+    with refusal(401, UNAUTHORIZED):
         sdk("unknown").admin_health()

@@ -5,6 +5,7 @@ from urllib.parse import quote
 
 import pytest
 
+from progressdb_server.api.routes.threads import TITLE_TOO_LONG
 from tests.progressdb_server.api.asgi_client import ADMIN, BACKEND, FRONTEND, Api, signed
 
 pytestmark = pytest.mark.usefixtures("both_engines")
@@ -141,7 +142,7 @@ def test_nobody_changes_another_s_thread(method: str, body: object, key: str) ->
 def test_a_title_has_a_bound() -> None:
     for path in ("/v1/threads", "/v1/threads/t"):
         reply = Api()("POST" if path == "/v1/threads" else "PUT", path, {"author": "a", "title": "é" * 2049})
-        assert (reply.status, reply.error) == (400, "title too long")
+        assert (reply.status, reply.error) == (400, TITLE_TOO_LONG)
 
 
 # --- administrators ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import httptools
 import pytest
 
+from progressdb_server.api.gate.errors import AUTHOR_REQUIRED
 from progressdb_server.http import framing, limits, listener, serving
 from progressdb_server.http.protocol import Connection
 from progressdb_server.store.model import MessageNotFoundError
@@ -245,7 +246,7 @@ def test_trailers_never_become_headers(server: HttpServer) -> None:
     head = f"POST /v1/messages HTTP/1.1\r\nHost: x\r\nX-API-Key: {BACKEND}\r\nTransfer-Encoding: chunked\r\n\r\n"
     body = b'c\r\n{"body":"x"}\r\n0\r\nX-User-ID: mallory\r\n\r\n'
     (response,) = server.exchange(head.encode() + body)
-    assert (response.status, error_of(response)) == (400, "author required for backend requests")
+    assert (response.status, error_of(response)) == (400, AUTHOR_REQUIRED)
     keyless = head.replace(f"X-API-Key: {BACKEND}\r\n", "").encode()
     (response,) = server.exchange(keyless + body.replace(b"X-User-ID: mallory", b"X-API-Key: " + BACKEND.encode()))
     assert response.status == 401

@@ -1,7 +1,8 @@
 """Error responses, and the sentences that more than one module sends or documents.
 
-Owns: `ApiError` and its constructors. Invariants: a sentence is stable, written for the client, and holds nothing that
-was stored. The status of an error from another room is decided in `api.routes.errors`, not here.
+Owns: `ApiError` and its constructors. Invariants: a sentence is stable, says what to send, begins with the text of
+ProgressDB 0.1 where that has one, and holds nothing that was stored. The status of an error from another room is
+decided in `api.routes.errors`, not here.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from progressdb_server.api.gate import limits
 from progressdb_server.http.asgi import CLOSE, Header
 
 FORBIDDEN: Final = "forbidden"
-UNAUTHORIZED: Final = "unauthorized"
+UNAUTHORIZED: Final = "unauthorized: send an API key in the header X-API-Key"
 NOT_FOUND: Final = "not found"
 INTERNAL: Final = "internal error"
 TOO_LARGE: Final = "request body too large"
@@ -20,13 +21,13 @@ RATE_LIMITED: Final = "rate limit exceeded (PROGRESSDB_RATE_RPS)"
 HEAD_TOO_LARGE: Final = "request head too large"
 BODIES_FULL: Final = "too many bodies are being received: send this one again later"
 LISTS_FULL: Final = "too many lists are being read: ask for this one again later"
-INVALID_JSON: Final = "invalid json"
+INVALID_JSON: Final = "invalid json: send an object with the fields that /docs/ names"
 INVALID_ENCODING: Final = "the query is not UTF-8"
 REPEATED_PARAMETER: Final = "a query parameter is given twice"
-MISSING_SIGNATURE: Final = "missing signature headers"
-INVALID_SIGNATURE: Final = "invalid signature"
-AUTHOR_REQUIRED: Final = "author required for backend requests"
-AUTHOR_TOO_LONG: Final = "author too long"
+MISSING_SIGNATURE: Final = "missing signature headers: send X-User-ID and X-User-Signature, from POST /v1/_sign"
+INVALID_SIGNATURE: Final = "invalid signature: a backend gets the one of X-User-ID from POST /v1/_sign"
+AUTHOR_REQUIRED: Final = "author required for backend requests: name the user in the header X-User-ID"
+AUTHOR_TOO_LONG: Final = f"author too long: at most {limits.AUTHOR_BYTES_MAX} bytes"
 AUTHOR_CONTROL_CHARACTER: Final = "author holds a control character"
 OTHER_AUTHOR_IN_QUERY: Final = "author mismatch between signature and query param"
 OTHER_AUTHOR_IN_BODY: Final = "author mismatch between signature and body author"

@@ -35,7 +35,7 @@ from progressdb_server.api.routes.paging import Paging
 from progressdb_server.api.routes.threads import THREADS
 from progressdb_server.conversations.whole import Conversations
 
-INVALID_PAYLOAD: Final = "invalid payload"
+INVALID_PAYLOAD: Final = 'invalid payload: send {"userId": "…"}'
 PREFIX_TOO_LONG: Final = "prefix too long"
 KEY_NOT_FOUND: Final = "key not found"
 KEYS: Final = Paging("keys", "after", "next", re.compile(rf"[\s\S]{{1,{limits.STORED_KEY_BYTES_MAX}}}"))

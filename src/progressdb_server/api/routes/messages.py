@@ -83,13 +83,13 @@ from progressdb_server.store.model import (
 )
 
 BODY_REQUIRED: Final = "body is required"
-ROLE_TOO_LONG: Final = "role too long"
+ROLE_TOO_LONG: Final = f"role too long: at most {limits.ROLE_BYTES_MAX} bytes"
 INVALID_REPLY_TO: Final = "reply_to is not a message id"
 INVALID_VERSION: Final = "before must be the ts of a version, or the older of a page of versions"
 THREAD_PARAMETER_MISSING: Final = "missing thread query parameter"
 OTHER_REACTION_ID: Final = "author mismatch between signature and reaction id"
 REACTION_INCOMPLETE: Final = "missing id or reaction"
-REACTION_TOO_LONG: Final = "reaction too long"
+REACTION_TOO_LONG: Final = f"reaction too long: at most {limits.REACTION_BYTES_MAX} bytes"
 
 _REVALIDATED: Final = (b"cache-control", b"private, no-cache")
 """A list is for one caller, and no cache gives it away without asking whether the caller may still read it."""

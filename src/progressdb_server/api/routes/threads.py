@@ -50,9 +50,9 @@ from progressdb_server.store.model import (
     json_decoder,
 )
 
-TITLE_TOO_LONG: Final = "title too long"
+TITLE_TOO_LONG: Final = f"title too long: at most {limits.TITLE_BYTES_MAX} bytes"
 TITLE_REQUIRED: Final = "title is required"
-SLUG_TOO_LONG: Final = "slug too long"
+SLUG_TOO_LONG: Final = f"slug too long: at most {limits.SLUG_BYTES_MAX} bytes"
 INVALID_MEMBERS: Final = f"members must be a list of at most {limits.NAMED_MEMBERS_COUNT_MAX} names, none of them empty"
 MEMBER_MISSING: Final = "missing member query parameter"
 
