@@ -75,7 +75,6 @@ from minikms.roots.key_file import FileOwner
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile, RootProvider, provider_of
 from minikms.roots.sources import Source
-from minikms.roots.unlock_service import UnlockService
 
 if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
@@ -469,6 +468,8 @@ def root_provider(
     if source.name == "unlock" and source.argument and keyring_id is not None:
         if len(os.fsencode(source.argument)) > SOCKET_PATH_BYTES_MAX:
             raise StartError(f"a socket path has 1 to {SOCKET_PATH_BYTES_MAX} bytes: --root unlock:SOCKET")
+        from minikms.roots.unlock_service import UnlockService  # in a daemon only if it is configured
+
         return UnlockService(source.argument, unlock_uids - {overflow_uid()}, keyring_id)
     root = provider_of(source, data_dir=data_dir)
     return replace(root, shared=shared) if isinstance(root, KeyFile) else root

@@ -59,6 +59,7 @@ from minikms.processes.flags import DATA_USER_ADVICE, EXIT_FAILED, EXIT_INTERRUP
 from minikms.processes.peer import overflow_uid
 from minikms.processes.running import Run, every
 from minikms.processes.sockets import UnixListener, listen
+from minikms.roots.providers import UNLOCK
 from minikms_daemon.seal.seal import SealableServer
 from minikms_daemon.server.parts import Parts, RunContext, Workers
 from minikms_daemon.server.policy_file import PolicyInForce
@@ -125,7 +126,7 @@ def run(settings: Settings) -> None:
         ) as listener,
         SecretArena(settings.opening.cache_keys_max + SERVICE_SLOTS) as arena,
     ):
-        load_configured(lock)
+        load_configured(settings, lock)
         open_process_files(settings.build)
         measures = _harden(settings, arena, listener)
         end_imports()
@@ -143,11 +144,13 @@ def run(settings: Settings) -> None:
         uvloop.run(daemon.serve())
 
 
-def load_configured(lock: DataDirLock) -> None:
+def load_configured(settings: Settings, lock: DataDirLock) -> None:
     """Loads what only some configurations need, before imports end."""
     if replica_file.read(lock.directory_fd) is not None:
         for name in ("minikms.custody.member", "minikms_daemon.replica.member"):
             import_module(name)
+    if settings.root.name == UNLOCK:
+        import_module("minikms_daemon.seal.unlocking")
 
 
 class _Steps(Coroutine[Any, Any, T]):

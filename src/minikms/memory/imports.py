@@ -7,6 +7,7 @@ when it is first needed is here before.
 from __future__ import annotations
 
 import codecs
+import ctypes
 import linecache
 import sys
 import tokenize
@@ -14,6 +15,17 @@ import traceback
 from typing import Final, NoReturn
 
 _OF_ERROR_PATHS: Final = (linecache, tokenize, traceback, *map(codecs.lookup, ("ascii", "latin-1", "utf-8")))
+
+
+def _libgcc() -> ctypes.CDLL | None:
+    """pthread_exit(3) loads it when the first thread ends, and aborts where it can't."""
+    try:
+        return ctypes.CDLL("libgcc_s.so.1")
+    except OSError:
+        return None
+
+
+_OF_THREADS: Final = _libgcc()
 
 
 class _NoFinder:

@@ -137,8 +137,11 @@ def library_paths() -> list[str]:
     """Directories of the C library and of its loader, which may load a library of theirs when a thread ends. They have
     no Python module, or none that a process without imports could use.
     """
-    with open("/proc/self/maps", "rb") as file:
-        mapped = {os.fsdecode(line.split(None, 5)[-1].rstrip(b"\n")) for line in file if b"/" in line}
+    try:
+        with open("/proc/self/maps", "rb") as file:
+            mapped = {os.fsdecode(line.split(None, 5)[-1].rstrip(b"\n")) for line in file if b"/" in line}
+    except OSError:  # no procfs
+        return ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache"]
     names = re.compile(r"(libc|ld)[-.]")
     directories = {os.path.dirname(path) for path in mapped if names.match(os.path.basename(path))}
     return sorted(directories | {"/etc/ld.so.cache"})

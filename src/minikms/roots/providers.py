@@ -13,10 +13,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final, Protocol
+from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from minikms import api
-from minikms.api.errors import StartError
+from minikms.api.errors import StartError, StartLaterError
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.key_file import (
     FileOwner,
@@ -26,6 +26,17 @@ from minikms.roots.key_file import (
     remove_leftover,
 )
 from minikms.roots.sources import Source
+
+if TYPE_CHECKING:
+    from minikms.processes.handover import Purpose
+
+
+class RootAwayError(StartLaterError):
+    """There is no root key now, and it is not known whether the provider would refuse it."""
+
+
+class RootRefusedError(StartLaterError):
+    """The provider itself has refused the root key, as the unlock service says."""
 
 
 class RootProvider(Protocol):
@@ -64,6 +75,10 @@ class RootProvider(Protocol):
     def read(self, arena: SecretArena) -> SecretSlot:
         """The root key. The caller releases the slot. Raises StartError, saying what to do."""
         ...
+
+    async def ask(self, purpose: Purpose, arena: SecretArena) -> GivenKey | None:
+        """The root key of a service that is asked, whose slot the caller releases; None for every other provider."""
+        return None
 
     def discard(self) -> None:
         """Instead of `read`, where that is possible once only: the root key can't be read after this."""
@@ -138,6 +153,8 @@ class GivenKey(RootProvider):
     name: ClassVar[str] = "request"
     reads_again: ClassVar[bool] = False
     slot: SecretSlot
+    asked_ns: int | None = None
+    """When a service was asked for it (`clock.boot_ns`)."""
 
     def prepare(self, arena: SecretArena, *, new_keyring: bool) -> None:
         if new_keyring:
@@ -184,6 +201,8 @@ class DevelopmentKey(RootProvider):
         return read_key_file(self.path, arena)
 
 
+UNLOCK: Final = "unlock"
+"""The name of the provider that is asked."""
 REPLACEABLE: Final = frozenset(("file", "systemd-credential", "environment", "request", "dev"))
 """Names of the providers whose root key an operator can exchange for one in a request: a file or a variable."""
 KEPT_BY_PEOPLE: Final = frozenset(("shares", "passphrase"))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from minikms.api.errors import StartError, StartLaterError
+from minikms.api.errors import StartError
 from minikms.memory.arena import SLOT_BYTES, SecretArena, SecretSlot
 from minikms.platform import clock
 from minikms.processes.handover import (
@@ -29,18 +29,10 @@ from minikms.processes.handover import (
     parse_sentence,
 )
 from minikms.processes.peer import read_peer
-from minikms.roots.providers import GivenKey, RootProvider
+from minikms.roots.providers import GivenKey, RootAwayError, RootProvider, RootRefusedError
 
 CONNECT_PAUSE_SECONDS: Final = 0.02
 """Between two tries to connect while the queue of the listener is full."""
-
-
-class RootAwayError(StartLaterError):
-    """There is no root key now, and it is not known whether the provider would refuse it."""
-
-
-class RootRefusedError(StartLaterError):
-    """The provider itself has refused the root key, as the unlock service says."""
 
 
 @dataclass(frozen=True)

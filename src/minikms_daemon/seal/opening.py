@@ -7,15 +7,19 @@ still be read, which slot's key it holds, and where the audit log must go on. It
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from minikms.audit.record import LineRef
 from minikms.datadir import open_for_service
 from minikms.roots.providers import RootProvider
 from minikms_daemon.audit.position import AuditorPosition
-from minikms_daemon.seal.unlocking import Unlocking
+from minikms_daemon.seal.no_unlocking import NoUnlocking
 from minikms_daemon.server.admission import Admission
 from minikms_daemon.server.application import Seal
 from minikms_daemon.server.parts import Parts, Replica, RunContext
+
+if TYPE_CHECKING:
+    from minikms_daemon.seal.unlocking import Unlocking
 
 
 class Opener:
@@ -26,7 +30,7 @@ class Opener:
         process: RunContext,
         admission: Admission,
         seal: Seal,
-        unlocking: Unlocking,
+        unlocking: Unlocking | NoUnlocking,
         replica: Replica,
     ) -> None:
         self._process = process

@@ -44,15 +44,14 @@ from minikms.keys import keyring
 from minikms.platform import clock
 from minikms.platform.workers import in_worker
 from minikms.policy import Principal
-from minikms.roots.providers import RootProvider
-from minikms.roots.unlock_service import ReceivedKey
+from minikms.roots.providers import UNLOCK, GivenKey, RootProvider
 from minikms.seal_files import Attempt, Lapse, LeaseEnd, Marker
 from minikms_daemon.audit.position import LogView, mac_of, view_on_disk
 from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.seal.application import SealedApplication, sealed_response
+from minikms_daemon.seal.no_unlocking import SEALED_TEXT, NoUnlocking
 from minikms_daemon.seal.opening import Opener
 from minikms_daemon.seal.state import SealMove, SealPhase, SealState
-from minikms_daemon.seal.unlocking import SEALED_TEXT, Unlocking
 from minikms_daemon.seal.unseal import Unsealing
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.parts import Parts, RunContext
@@ -61,6 +60,7 @@ from minikms_daemon.service.encoding import Reply, json_answer
 
 if TYPE_CHECKING:
     from minikms_daemon.replica.member import Member
+    from minikms_daemon.seal.unlocking import Unlocking
 
 MARKER_RETRY_SECONDS: Final = 5.0
 AUDIT_RETRY_SECONDS: Final = 1.0
@@ -147,12 +147,7 @@ class SealableServer:
         self._lapsed = [] if lapse is None else [lapse.event()]
         """The line about the end of a lease, until the audit log has it."""
         self._writing_lapse: asyncio.Task[None] | None = None
-        self._unlocking = Unlocking(
-            process,
-            unseal=self.unseal_by_itself,
-            lapse=self.lapse,
-            body=lambda: None if self.parts is None else self.parts.vault.keyring.body,
-        )
+        self._unlocking = self._found_unlocking()
         self._replica = self._found_replica()
         self._opener = Opener(process, self._admission, self.seal, self._unlocking, self._replica)
         self._reopening: asyncio.Task[None] | None = None
@@ -181,6 +176,18 @@ class SealableServer:
         """While the daemon is sealed. Bounded: the windows of the aggregators end at the unseal."""
         self._log_view: LogView | None = None
         """The view of the audit log while the daemon is sealed."""
+
+    def _found_unlocking(self) -> Unlocking | NoUnlocking:
+        if self._process.settings.root.name != UNLOCK:
+            return NoUnlocking()
+        from minikms_daemon.seal.unlocking import Unlocking  # loaded before the hardening: `serve.load_configured`
+
+        return Unlocking(
+            self._process,
+            unseal=self.unseal_by_itself,
+            lapse=self.lapse,
+            body=lambda: None if self.parts is None else self.parts.vault.keyring.body,
+        )
 
     def _found_replica(self) -> Member | NoMember:
         process = self._process
@@ -448,7 +455,7 @@ class SealableServer:
         then.
         """
         state = self._state
-        asked_ns = root.asked_ns if isinstance(root, ReceivedKey) else clock.boot_ns()
+        asked_ns = (root.asked_ns if isinstance(root, GivenKey) else None) or clock.boot_ns()
         self._process.notifier.watchdog()  # so that the manager's whole time-out is left
         parts = self._opener.open(root)
         state.move(SealMove.OPEN)

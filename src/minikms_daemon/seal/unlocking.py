@@ -18,8 +18,10 @@ from minikms.crypto import roots
 from minikms.http import Application
 from minikms.keys import keyring
 from minikms.platform import clock
-from minikms.roots.unlock_service import ReceivedKey, RootAwayError, RootRefusedError, UnlockService
+from minikms.roots.providers import RootAwayError, RootRefusedError
+from minikms.roots.unlock_service import ReceivedKey, UnlockService
 from minikms.seal_files import LeaseEnd
+from minikms_daemon.seal.no_unlocking import SEALED_TEXT
 from minikms_daemon.server.admission import Session
 from minikms_daemon.server.lease import Lease, LeasedApplication
 from minikms_daemon.server.parts import RunContext
@@ -33,10 +35,6 @@ CHECK_SECONDS: Final = 0.5
 NANOSECONDS: Final = 1_000_000_000
 
 Outcome = Literal["granted", "refused", "away"]
-SEALED_TEXT: Final = (
-    "the key service is sealed: it has no key until an operator unseals it with `minikms unseal`, and then it goes on "
-    "by itself"
-)
 WAITING_TEXT: Final = (
     "the key service is sealed: it waits for the unlock service to give the root key, and then it goes on by itself"
 )

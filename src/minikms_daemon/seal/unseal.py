@@ -43,8 +43,7 @@ from minikms.memory.arena import SecretSlot
 from minikms.platform import clock
 from minikms.platform.workers import in_worker
 from minikms.policy import Principal
-from minikms.roots.providers import GivenKey, RootProvider
-from minikms.roots.unlock_service import RootAwayError, RootRefusedError, UnlockService
+from minikms.roots.providers import GivenKey, RootAwayError, RootProvider, RootRefusedError
 from minikms.seal_files import Attempt, AttemptRecords, Kind, Outcome, write_attempts
 from minikms_daemon.seal.opening import Opener
 from minikms_daemon.seal.state import SealState
@@ -236,14 +235,14 @@ class Unsealing:
         """Tries to unseal. Raises WrongRootError, UnsealFailedError, SealedError, and the errors of
         `_require_rights`."""
         try:
-            if isinstance(root, UnlockService):
-                root = await root.ask("start", self._process.arena)
-                with root.slot:
+            received = await root.ask("start", self._process.arena)
+            if received is None:
+                await self._open_and_serve(attempt, root, seals)
+            else:
+                with received.slot:
                     self._state.check_no_seal_since(seals)
                     self._require_rights(who)
-                    await self._open_and_serve(attempt, root, seals)
-            else:
-                await self._open_and_serve(attempt, root, seals)
+                    await self._open_and_serve(attempt, received, seals)
         except UnknownRootError:
             await self.attempts.end(attempt, "wrong_root")
             given = {

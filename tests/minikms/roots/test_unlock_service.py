@@ -15,7 +15,8 @@ from minikms.memory.arena import SecretArena
 from minikms.processes import handover
 from minikms.processes.handover import KEY, TEXT_BYTES_MAX, Question
 from minikms.roots import unlock_service
-from minikms.roots.unlock_service import ReceivedKey, RootAwayError, RootRefusedError, UnlockService
+from minikms.roots.providers import RootAwayError, RootRefusedError
+from minikms.roots.unlock_service import ReceivedKey, UnlockService
 from tests.harness.unlocking import AWAY, REFUSED, UnlockListener, half_sent
 
 ROOT = os.urandom(32)
