@@ -313,7 +313,9 @@ def open_keyring(
 
     Raises StartError; no keyring was made or changed then, but the source may have made its root key file.
     """
-    data, member_id = file.load(), replica_file.member_id(directory)
+    with written_at_start(os.path.join(directory, keyring_file.NAME)):
+        data = file.load()
+    member_id = replica_file.member_id(directory)
     if data is None:
         _check_is_new(directory)
         if member_id:
@@ -326,7 +328,9 @@ def open_keyring(
         if pin is not None:
             pin.check_opens(key.view, None if data is None else keyring.parse_file(data)[0].keyring_id)
         if data is not None:
-            unlocked, slot = UnlockedKeyring.open(arena, key.view, data, nonces=nonces.next, member_id=member_id)
+            unlocked, slot = UnlockedKeyring.open(
+                arena, key.view, data, nonces=nonces.next, member_id=member_id, if_wrong=root.if_wrong
+            )
             try:
                 if later:
                     unlocked.expect(key.view, later)
@@ -354,11 +358,15 @@ def open_keyring(
 
 @contextmanager
 def written_at_start(path: str) -> Iterator[None]:
-    """Turns a failure of the disk into a StartLaterError for the operator: `path`, the reason, and what to do."""
+    """Turns a failure of the disk into a StartLaterError for the operator: `path`, the reason, and what to do. What the
+    user of the process may not do is a StartError: another start changes nothing.
+    """
     try:
         yield
     except (StorageUnavailableError, AuditUnavailableError, OSError) as error:
         cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, PermissionError):
+            raise StartError(f"{path} can't be read or written: {files.denied_private(path)}") from error
         reason = (isinstance(cause, OSError) and cause.strerror) or str(error)
         raise StartLaterError(
             f"{path} can't be read or written: {reason}. Free space on its file system, or correct what the reason "
@@ -559,10 +567,9 @@ def opened_keyring(arena: SecretArena, root: SecretSlot, data: bytes, member_id:
 
 def read_keyring(directory: str) -> bytes:
     """The content of the keyring file, not yet authenticated. Raises StartError when it is missing or unreadable."""
-    try:
-        data = read_file_bounded(os.path.join(directory, keyring_file.NAME), keyring.FILE_BYTES_MAX)
-    except StorageUnavailableError as error:
-        raise StartLaterError(f"keyring.json can't be read: {error}") from None
+    path = os.path.join(directory, keyring_file.NAME)
+    with written_at_start(path):
+        data = read_file_bounded(path, keyring.FILE_BYTES_MAX)
     if data is None:
         raise StartError(
             f"there is no keyring in {directory}: make one with `minikms init`, or name the data directory that has one"

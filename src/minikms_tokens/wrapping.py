@@ -65,19 +65,22 @@ def give(key: bytes | memoryview, into: memoryview, what: str) -> None:
     into[:] = key
 
 
+OWN_IT: Final = "chown root:minikms-unlock and chmod 640, so that `configure` and the service can read it"
+
+
 def read_file(path: str, what: str, bytes_max: int, *, is_secret: bool = False) -> bytes:
     """Reads a file that only root and this user can have written, and a secret one that only they can read. Raises
     AwayError.
     """
-    why = "can't be read"
+    why = f"can't be read by uid {os.geteuid()}: {OWN_IT}"
     with contextlib.suppress(OSError), open(os.open(path, _READ_FLAGS), "rb") as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode) or status.st_size > bytes_max:
             why = f"is no regular file of at most {bytes_max} bytes"
         elif status.st_uid not in {0, os.geteuid()} or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            why = "must belong to root or to this user, and nobody else may write it"
+            why = f"must belong to root or to uid {os.geteuid()}, and nobody else may write it: {OWN_IT}"
         elif is_secret and status.st_mode & stat.S_IRWXO:
-            why = "can be read by other users: chmod o-rwx it"
+            why = f"can be read by other users: {OWN_IT}"
         else:
             return file.read(bytes_max)
     raise AwayError(f"the {what} {path} {why}")

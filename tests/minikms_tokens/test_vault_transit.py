@@ -200,8 +200,8 @@ def test_a_file_that_others_could_have_written_or_read_is_not_used(replay: Repla
     wrapper = open_wrapper(replayed(tmp_path, replay.port))
     token, ca = tmp_path / "token", replay.ca_file
     for path, mode, why in (
-        (token, 0o604, "the token file .* can be read by other users"),
-        (token, 0o620, "nobody else may write it"),
+        (token, 0o604, "the token file .* can be read by other users: chown root:minikms-unlock and chmod 640"),
+        (token, 0o620, "nobody else may write it: chown root:minikms-unlock and chmod 640"),
         (ca, 0o646, "the file of CAs .* must belong to root"),
     ):
         path.chmod(mode)

@@ -20,8 +20,6 @@ from typing import Final
 from minikms.api.errors import (
     SealedError,
     StandbyError,
-    StartError,
-    StartLaterError,
     StorageUnavailableError,
     StorageUncertainError,
 )
@@ -42,11 +40,8 @@ class KeyringFile:
         self._executor = executor
 
     def load(self) -> bytes | None:
-        """The bytes of the file, or None if it doesn't exist. Raises StartLaterError if it can't be read."""
-        try:
-            return read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd)
-        except StorageUnavailableError as error:
-            raise StartLaterError(f"keyring.json can't be read: {error}") from None
+        """The bytes of the file, or None if it doesn't exist. Raises StorageUnavailableError if it can't be read."""
+        return read_file_bounded(NAME, FILE_BYTES_MAX, dir_fd=self._directory_fd)
 
     def store_now(self, data: bytes) -> None:
         """Replaces the file; it is durable on return. Blocks on disk I/O. Raises StorageUnavailableError."""
@@ -81,7 +76,7 @@ class KeyringFile:
         """Whether the file has this content, or can't be read."""
         try:
             return self.load() == data
-        except StartError:
+        except StorageUnavailableError:
             return True
 
 

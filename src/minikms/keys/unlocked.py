@@ -123,6 +123,9 @@ class EntrySealer:
         return labels.aad(label, self._keyring_id.encode(), labels.number(version))
 
 
+GIVE_ANOTHER: Final = "Give one of these with --master-key-file or --root"
+
+
 class NeedsRootError(Exception):
     """A later keyring has another keyring key, which only a root key opens."""
 
@@ -212,17 +215,25 @@ class UnlockedKeyring:
 
     @classmethod
     def open(
-        cls, arena: SecretArena, root: memoryview, data: bytes, *, nonces: Nonces, member_id: str = ""
+        cls,
+        arena: SecretArena,
+        root: memoryview,
+        data: bytes,
+        *,
+        nonces: Nonces,
+        member_id: str = "",
+        if_wrong: str = GIVE_ANOTHER,
     ) -> tuple[UnlockedKeyring, keyring.RootSlot]:
         """The keyring in the bytes of its file, and the slot that `root` opened.
 
-        Raises StartError: for another root key (it names both fingerprints), for an altered or damaged file, or if it
+        Raises StartError: for another root key (it names both fingerprints, and says `if_wrong`), for an altered or
+        damaged file, or if it
         does not have the member.
         """
         body = keyring.parse_file(data)[0]
         unlocked = cls(arena, nonces, body, member_id)
         with _released_on_failure(unlocked):
-            slot = unlocked._open_keyring_key(root, data)
+            slot = unlocked._open_keyring_key(root, data, if_wrong)
             if member_id and body.member(member_id) is None:
                 raise StartError(f"keyring.json has no member {member_id}: this host was removed, or has to join anew")
             try:
@@ -231,13 +242,13 @@ class UnlockedKeyring:
                 raise StartError(f"a key of the keyring does not open; {keyring.WAY_OUT}") from None
         return unlocked, slot
 
-    def _open_keyring_key(self, root: memoryview, data: bytes) -> keyring.RootSlot:
+    def _open_keyring_key(self, root: memoryview, data: bytes, if_wrong: str = GIVE_ANOTHER) -> keyring.RootSlot:
         """Opens the keyring key in a keyring file, and authenticates the file. Returns the slot that `root` opens."""
         body, body_bytes, tag = keyring.parse_file(data)
         fingerprint = roots.fingerprint(root)
         slot = body.slot_for(fingerprint)
         if slot is None:
-            raise UnknownRootError(wrong_root_text(body, fingerprint))
+            raise UnknownRootError(wrong_root_text(body, fingerprint, if_wrong))
         if not hmac.compare_digest(roots.commitment(root, slot.slot_id), slot.commitment):
             raise UnknownRootError(f"the keyring's slot does not belong to this root key; {keyring.WAY_OUT}")
         try:
@@ -551,7 +562,7 @@ class UnlockedKeyring:
         self._audit.clear()
 
 
-def wrong_root_text(body: keyring.Body, candidate: str) -> str:
+def wrong_root_text(body: keyring.Body, candidate: str, advice: str) -> str:
     """The error text for a root key that does not open this keyring: the reason, and what to do."""
     expected = " or ".join(slot.fingerprint for slot in body.slots)
     former = [(old.fingerprint, old.rotated_at) for old in body.retired_roots]
@@ -560,9 +571,6 @@ def wrong_root_text(body: keyring.Body, candidate: str) -> str:
         if fingerprint == candidate:
             return (
                 f"the root key {candidate} was removed or rotated away on {at}; this keyring opens under {expected}. "
-                "Give one of these with --master-key-file or --root"
+                f"{advice}"
             )
-    return (
-        f"wrong root key: this keyring opens under {expected}, the given one is {candidate}. "
-        "Nothing was changed; give the file of the right key with --master-key-file"
-    )
+    return f"wrong root key: this keyring opens under {expected}, the given one is {candidate}. Nothing was changed. {advice}"

@@ -15,7 +15,7 @@ import stat
 from typing import Final, Self
 
 from minikms.api.errors import StartError, StartLaterError
-from minikms.platform.files import FILE_MODE, closed_after
+from minikms.platform.files import FILE_MODE, closed_after, denied_private
 from minikms.platform.sync import sync_file
 
 DIRECTORY_MODE: Final = 0o700
@@ -52,6 +52,9 @@ class DataDirLock:
             except BaseException:
                 os.close(self.directory_fd)
                 raise
+        except PermissionError:
+            place = os.path.join(self.directory, LOCK_NAME)
+            raise StartError(f"the data directory can't be used: {denied_private(place)}") from None
         except OSError as error:
             raise StartLaterError(f"the data directory {self.directory}: {error.strerror}") from None
         self._held: list[int] = []
@@ -113,7 +116,10 @@ def _open_private_directory(path: str) -> int:
     status = os.fstat(descriptor)
     if status.st_uid != os.geteuid():
         os.close(descriptor)
-        raise StartError(f"the directory {path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}")
+        raise StartError(
+            f"the directory {path} belongs to uid {status.st_uid}, not to uid {os.geteuid()}: chown "
+            "it, or run this as that user"
+        )
     if status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
         os.close(descriptor)
         mode = stat.S_IMODE(status.st_mode)

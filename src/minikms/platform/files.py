@@ -79,6 +79,23 @@ def open_directory(path: str | os.PathLike[str]) -> int:
         raise StorageUnavailableError("a directory cannot be opened") from error
 
 
+def denied_private(path: str) -> str:
+    """`denied` for a file of a private directory, which may be missing, or for that directory."""
+    usable = os.access(path, os.R_OK | os.W_OK, effective_ids=True) or not os.path.lexists(path)
+    return denied(os.path.dirname(path) if usable else path, "u+rwX")
+
+
+def denied(path: str | os.PathLike[str], mode: str) -> str:
+    """What stands behind a PermissionError at `path`, and the commands of root that mend it."""
+    user = f"this process is uid {os.geteuid()}"
+    try:
+        status = os.stat(path)
+    except OSError:
+        return f"{user}, which may not enter a directory above {path}: chmod o+x that directory"
+    owner = f"{path} belongs to uid {status.st_uid} with mode {stat.S_IMODE(status.st_mode):04o}"
+    return f"{owner}, and {user}. As root: chown {os.geteuid()} {path} && chmod {mode} {path}"
+
+
 @contextlib.contextmanager
 def closed_after(descriptor: int) -> Iterator[int]:
     """Closes the descriptor when the block ends."""

@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 
 from minikms.api.errors import KeyTextError, StartError
 from minikms.memory.arena import SecretArena, SecretSlot, fill_random, hex_encode_into, read_key_fd_into
+from minikms.platform.files import denied
 from minikms.platform.sync import sync_directory, sync_file
 
 _OTHERS_MASK: Final = 0o077
@@ -49,6 +50,8 @@ def read_key_file(
     what = f"the root key file {path}"
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
+    except PermissionError:
+        raise StartError(f"{what} can't be read: {denied(path, '400')}. Or run this as the owner") from None
     except OSError as error:
         raise StartError(f"{what} can't be read: {os.strerror(error.errno or 0)}") from None
     try:
@@ -76,8 +79,8 @@ def _check_readers(status: os.stat_result, what: str, path: Path, any_owner: boo
         raise StartError(f"others can read {what}; run: chmod 600 {path}")
     if not any_owner and owner not in (0, os.geteuid()):
         raise StartError(
-            f"{what} belongs to uid {owner}, not to this user or root: run this as that user, with "
-            f'`runuser -u "$(id -nu {owner})" --` before the command'
+            f"{what} belongs to uid {owner}, not to this user or root: `chown {os.geteuid()} {path}`, or run this as "
+            f'that user, with `runuser -u "$(id -nu {owner})" --` before the command'
         )
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Final, Protocol
 
 from minikms import api
 from minikms.api.errors import StartError, StartLaterError
+from minikms.keys.unlocked import GIVE_ANOTHER
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.roots.key_file import (
     FileOwner,
@@ -49,6 +50,8 @@ class RootProvider(Protocol):
     name: ClassVar[str]
     reads_again: ClassVar[bool] = True
     """Whether `read` may be called again after it has returned a key or failed."""
+    if_wrong: ClassVar[str] = GIVE_ANOTHER
+    """What to do if the key does not open the keyring."""
 
     @property
     def read_paths(self) -> tuple[str, ...]:

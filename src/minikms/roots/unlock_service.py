@@ -40,6 +40,10 @@ class ReceivedKey(GivenKey):
     """A root key that the unlock service gave, when it was asked at `asked_ns` of `clock.boot_ns`."""
 
     name: ClassVar[str] = "unlock"
+    if_wrong: ClassVar[str] = (
+        "The unlock service has wrapped another root key: put the root.json back that was made for this keyring, or "
+        "start with another source"
+    )
     asked_ns: int
 
 

@@ -101,7 +101,11 @@ def _knows_key_service(config: Config) -> bool:
 def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
     """Fill in what the server can't do now. Returns the exit status that it gives. Raises AdminError."""
     answer = client.call("GET", "/admin/readiness")
-    wrong = [f"{name}: {answer[key]}" for key, name in _NOT_WORKING.items() if answer[key]]
+    named: dict[str, list[str]] = {}
+    for key, name in _NOT_WORKING.items():
+        if answer[key]:
+            named.setdefault(answer[key], []).append(name)
+    wrong = [f"{' and '.join(names)}: {reason}" for reason, names in named.items()]
     if wrong or answer["damage"]:
         section |= {
             "status": "not ready" if wrong else "damaged",

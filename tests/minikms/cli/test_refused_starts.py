@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms_daemon.service.asking import new_key
 
+OTHER_UID = 54321
 FLAG = re.compile(r"--[a-z][a-z-]+")
 COMMAND = re.compile(r"`([^`]+)`")
 
@@ -62,7 +64,40 @@ def test_a_wrong_root_key_wants_the_right_file(stopped: LiveDaemon, tmp_path: Pa
     wrong.write_text(os.urandom(32).hex())
     text = refused(stopped.data_dir, "--master-key-file", str(wrong))
     assert "wrong root key" in text
-    assert helps(text) == ["--master-key-file"]
+    assert helps(text) == ["--master-key-file", "--root"]
+
+
+def test_what_this_user_may_not_use_is_named_with_its_owner(public: Path) -> None:
+    """Root corrects that, so that no other start by itself succeeds: status 2, after which systemd makes none."""
+    needs.root()
+    with LiveDaemon(public, "file") as daemon:
+        new_key(daemon)
+    data, key_file = daemon.data_dir, daemon.root_file
+    run = public / "run"
+    run.mkdir(0o700)
+    start = ("--data-dir", data, "--master-key-file", key_file, "--socket", run / "s")
+
+    def refuses(path: Path) -> str:
+        done = forked.run("minikms", *start, user=(OTHER_UID, OTHER_UID, ()))
+        assert done.returncode == 2, done
+        assert f"chown {OTHER_UID} {path} && chmod" in done.stderr, done.stderr
+        return done.stderr
+
+    for path in (run, data, *data.rglob("*")):
+        os.chown(path, OTHER_UID, OTHER_UID)
+    key_file.chmod(0o400)
+    assert f"{key_file} belongs to uid 0 with mode 0400" in refuses(key_file)
+    os.chown(key_file, OTHER_UID, OTHER_UID)
+    for path, uid in ((data / "keyring.json", 0), (data / "lock", 0)):
+        os.chown(path, uid, uid)
+        assert f"{path} belongs to uid {uid} with mode 0600" in refuses(path)
+        os.chown(path, OTHER_UID, OTHER_UID)
+    data.chmod(0o500)
+    assert f"{data} belongs to uid {OTHER_UID} with mode 0500" in refuses(data)
+    data.chmod(0o700)
+    os.chown(key_file, OTHER_UID + 1, 0)
+    as_root = forked.run("minikms", "doctor", *start[:4])
+    assert f"`chown 0 {key_file}`" in as_root.stdout
 
 
 def test_a_locked_directory_names_the_process_to_end(tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def test_a_start_waits_for_the_root_key_and_goes_on(waiting: Asking) -> None:
 def test_another_root_key_is_none_and_the_next_one_counts(waiting: Asking) -> None:
     daemon, listener = waiting
     listener.answer = KEY + os.urandom(32)
-    wait_for_why(daemon, "root key")
+    wait_for_why(daemon, "wrong root key")
+    assert "put the root.json back" in why(daemon) and "--master-key-file" not in why(daemon)
     listener.answer = KEY + daemon.root()
     wait_until(lambda: serves(daemon))
 
