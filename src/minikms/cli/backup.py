@@ -62,6 +62,7 @@ def create(
     master_key_file: MasterKeyFile = None,
     root_source: Root = None,
     json: Json = False,
+    only_check: Annotated[bool, Parameter(name="--only-check", show=False, negative=())] = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Make one archive of keyring and keys, also while the daemon serves.
@@ -82,8 +83,11 @@ def create(
     from minikms.platform import clock
 
     directory = chosen_data_dir(data_dir)
-    read_keyring(directory)  # first: beside no keyring, a register is what an interrupted restore leaves
+    data = read_keyring(directory)  # first: beside no keyring, a register is what an interrupted restore leaves
     root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    if only_check:  # for a caller that makes something else first
+        with _task(root, "", bar=False) as task, task.open_keyring(data):
+            return EXIT_GOOD
     register = ArchiveRegister(directory)
     entry = RegisteredArchive(new_archive_id(), os.path.abspath(archive), time.time_ns() // 1_000_000)
     with _task(root, "copying keys", bar=not json) as task:

@@ -87,6 +87,8 @@ def create(
 ) -> int:
     """Back up the store, then the key service, also while they serve. Neither backup contains the root key.
 
+    The root key is checked first. If only the backup of the store was made, the same command adds the other one.
+
     For example:
         progressdb backup create monday --db data
     """
@@ -96,6 +98,28 @@ def create(
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME)
     path = chosen.backups_dir / name
+    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)]
+    with_keys = not (store_only or chosen.kms.provider == "local")
+    if with_keys:
+        for_check = None if master_key_fd is None else os.dup(master_key_fd)
+        _, refused = _run_minikms([*words, "--only-check"], chosen, for_check, json=False)
+        if refused:
+            return refused
+    if with_keys and (path / backup.MANIFEST).exists() and not (path / KMS_ARCHIVE).exists():
+        print(f"{path} has the backup of the store already: that of the key service is added", file=sys.stderr)
+    else:
+        _back_up_store(chosen, url, name, path)
+        if not json:
+            print(f"{path}: the store is backed up, and each block was read back")
+    page: dict[str, Any] = {"backup": str(path), "key_service": None}
+    if not with_keys:
+        print_result(page, "Now back up the key service, as its user: minikms backup create FILE", json=json)
+        return 0
+    return _minikms(words, chosen, master_key_fd, page if json else None)
+
+
+def _back_up_store(chosen: Config, url: str | None, name: str, path: Path) -> None:
+    """By the server if one runs. Raises CommandError, BackupError."""
 
     async def offline() -> None:
         async with _register(chosen) as register:
@@ -109,14 +133,6 @@ def create(
         if not path.is_dir():
             wrong = f"the server at {client.url} has backed up another store: it made no {path}"
             raise CommandError(wrong, EXIT_FAILED) from None
-    if not json:
-        print(f"{path}: the store is backed up, and each block was read back")
-    page: dict[str, Any] = {"backup": str(path), "key_service": None}
-    if store_only or chosen.kms.provider == "local":
-        print_result(page, "Now back up the key service, as its user: minikms backup create FILE", json=json)
-        return 0
-    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)]
-    return _minikms(words, chosen, master_key_fd, page if json else None)
 
 
 @app.command(name="register")
