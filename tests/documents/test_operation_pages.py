@@ -24,23 +24,35 @@ SHELL_S_MAX = 240.0
 
 
 def test_a_dev_server_gets_a_root_key_of_its_own_and_keeps_its_data() -> None:
+    """A backup is made as the page says, a half-made one is completed, and a store that is away is noticed."""
     needs.program("curl")
     needs.program("openssl")
-    first, second = blocks(DOCS / "production.md")
+    first, second, backup = blocks(DOCS / "production.md")
+    create, port = backup.splitlines()[0], free_port()
     server = "progressdb --addr 127.0.0.1:8080 --db ./data"
     script = "\n".join((
         "set -eu", DEV_SERVER, "kill $(jobs -p); wait",
         "(umask 077; openssl rand -hex 32 > other.key)",
         f"{server} --master-key-file other.key 2>&1 | grep 'wrong root key'",
         START, "until curl -sf http://127.0.0.1:8080/readyz; do sleep 0.1; done",
-        first, second, "! minikms root list | grep dev", READ, "kill $(jobs -p); wait",
+        first, second, "! minikms root list | grep dev", READ,
+        f"if {create.replace('server.key', 'other.key')}; then exit 9; fi", "[ ! -e data/backups ]",
+        backup, "rm data/backups/monday/minikms.backup", backup, f"if {create}; then exit 9; fi",
+        "kill $(jobs -p); wait", "mv data/store not-mounted",
+        f"{server} --master-key-file server.key 2> empty.log &",
+        "until curl -sf $READYZ | grep empty; do sleep 0.1; done",
+        "progressdb status --db data | grep 'notice .*no thread at the start.*1 active'",
+        "grep -q event=store_is_empty empty.log", "kill $(jobs -p); wait",
+        "rm -r data/store", "mv not-mounted data/store",
         f"! {server} --dev", "echo end",
     ))  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="dev-") as made:
         (Path(made) / ".venv").symlink_to(sys.prefix)
         shell = subprocess.Popen(
-            ["bash", "-c", script.replace(":8080", f":{free_port()}")],
-            cwd=made, env={"PATH": f"{made}/.venv/bin:{os.environ['PATH']}", "no_proxy": "127.0.0.1"},
+            ["bash", "-c", script.replace(":8080", f":{port}")],
+            cwd=made,
+            env={"PATH": f"{made}/.venv/bin:{os.environ['PATH']}", "no_proxy": "127.0.0.1",
+                 "PROGRESSDB_ADDR": f"127.0.0.1:{port}", "READYZ": f"http://127.0.0.1:{port}/readyz"},
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,
         )  # fmt: skip

@@ -573,4 +573,5 @@ def wrong_root_text(body: keyring.Body, candidate: str, advice: str) -> str:
                 f"the root key {candidate} was removed or rotated away on {at}; this keyring opens under {expected}. "
                 f"{advice}"
             )
-    return f"wrong root key: this keyring opens under {expected}, the given one is {candidate}. Nothing was changed. {advice}"
+    facts = f"wrong root key: this keyring opens under {expected}, the given one is {candidate}"
+    return f"{facts}. Nothing was changed. {advice}"

@@ -106,6 +106,8 @@ def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
         if answer[key]:
             named.setdefault(answer[key], []).append(name)
     wrong = [f"{' and '.join(names)}: {reason}" for reason, names in named.items()]
+    if answer["notices"]:
+        section["notices"] = answer["notices"]
     if wrong or answer["damage"]:
         section |= {
             "status": "not ready" if wrong else "damaged",
@@ -141,6 +143,8 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         yield f"  holds      {counted(server['threads'], 'thread')}, {counted(server['messages'], 'message')}"
     for problem in server.get("problems", ()):
         yield f"  problem    {problem}"
+    for notice in server.get("notices", ()):
+        yield f"  notice     {notice}"
     if "error" in server:
         yield f"  error      {server['error']}"
     place = kms.get("serving") or kms.get("url") or kms.get("socket")

@@ -39,6 +39,8 @@ from progressdb_server.store.sealer import Sealer, store_error
 SWEEP_S: Final = 3600
 EPOCH_S: Final = 10
 """Between two looks at the key service's epoch and audit head."""
+LAST_LOOK_S_MAX: Final = 2.0
+"""For the look at a clean stop."""
 SEALED_S: Final = 1
 """The same, while the key service is sealed."""
 
@@ -55,6 +57,10 @@ CLOCK_DIFFERS: Final = (
 CLOCK_OF_NODE: Final = (
     "the clock of the database's node jumped by {} seconds, and the clock of this machine did not: set it. Until then, "
     "or until a restart, the server goes on with the earlier time"
+)
+STORE_EMPTY: Final = (
+    "the store had no thread at the start, and its key service has keys in use ({:,} active). Unless this is a new "
+    "store beside the keys of others, stop the server: a disk is not mounted, or another directory was named"
 )
 CLOCK_BEHIND: Final = (
     "the newest record is from the future of the system clock: the clock was ahead before, or is behind now. Check it. "
@@ -112,6 +118,8 @@ class Conversations:
         self.purging = Purging(self.reads, self.writer, self.sealer, self.threads, self.reading)
         self.backups = Backups(engine, self.writer, self.clock)
         self.clock_notice = ""
+        self.empty_notice = ""
+        self._is_emptiness_judged = False
         self.epoch = EpochMemory(self.reads, self.writer)
         self.unreadable: dict[str, None] = {}
         """What was said of records that could not be read, UNREADABLE_MAX at most."""
@@ -163,6 +171,7 @@ class Conversations:
             if status.status not in ("ok", api.CODE_SEALED):
                 why = status.reason or status.status or "it reports no status"
                 raise StoreUnavailableError(f"the key service can't serve: {why}")
+            await self._judge_emptiness(status)
         except KmsError as error:
             if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:
                 raise store_error(error) from error
@@ -181,10 +190,16 @@ class Conversations:
         ]
 
     async def close(self) -> None:
-        """Commits what is queued, then closes the engine. The provider is the caller's."""
+        """Remembers how far the key service is, commits what is queued, then closes the engine. The provider is the
+        caller's.
+        """
         for task in self._background:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
+        if self._background:
+            with contextlib.suppress(KmsError, StoreError, RestoredError, TimeoutError):  # the next start judges
+                async with asyncio.timeout(LAST_LOOK_S_MAX):
+                    await self.epoch.observe(self._provider.status)
         await self.writer.close()
         await self.engine.end()
 
@@ -196,7 +211,7 @@ class Conversations:
     @property
     def notices(self) -> list[str]:
         """What an operator should know although the store works."""
-        return [notice for notice in (self.clock_notice, self.engine.notice) if notice]
+        return [notice for notice in (self.empty_notice, self.clock_notice, self.engine.notice) if notice]
 
     async def _sweep(self) -> None:
         while True:
@@ -229,6 +244,16 @@ class Conversations:
             self._offset_ns = offset_ns
             self.clock.now_ns = lambda: self._offset_ns + boot_ns()
         return offset_ns
+
+    async def _judge_emptiness(self, status: api.StatusAnswer) -> None:
+        """Says until the end of the process that the store was empty beside keys in use, once the keys are counted."""
+        if self._is_emptiness_judged or status.keys.indexing:
+            return
+        self._is_emptiness_judged = True
+        active = status.keys.by_state.get("active", 0)
+        if active and not (await self.engine.counted()).threads:
+            self.empty_notice = STORE_EMPTY.format(active)
+            _log.warning("store_is_empty", reason=self.empty_notice)
 
     def _judge_clock(self) -> None:
         """Warn if the newest stamp is in the future: the clock was there before, or is wrong now. Warn if the machine
@@ -274,6 +299,7 @@ class Conversations:
                 if status.status == api.CODE_SEALED:
                     self.sealer.halt_sealed()
                     continue
+                await self._judge_emptiness(status)
                 if not seen_sealed.is_set():  # else the answer may be older than the seal
                     self.sealer.halted = None
                     judged = True

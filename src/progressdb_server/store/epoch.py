@@ -2,17 +2,15 @@
 
 Owns: the entry `keyspace.EPOCH`. Every start and every keyring write of the key service raises its epoch; each audit
 line raises its head's sequence. Invariants: the highest epoch seen is remembered; a lower one, another keyring, or an
-audit log that is shorter than one remembered is refused, unless the operator accepts a restore. A head is remembered
-only once it is AUDIT_SETTLED_S old: the key service may lose its newest lines, which it syncs every 100 ms, with the
-machine's power. `judge` sees only where the log ends; a key service that was started with a shortened log has written
-lines of its own by then. So the server passes the remembered line (`audit_head`) to a key service that it starts, which
-looks for it in its log.
+audit log that is shorter than one remembered is refused, unless the operator accepts a restore. Only a line that is on
+the key service's disk is remembered: it may lose its newest ones with the machine's power. `judge` sees only where the
+log ends; a key service that was started with a shortened log has written lines of its own by then. So the server passes
+the remembered line (`audit_head`) to a key service that it starts, which looks for it in its log.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -25,7 +23,6 @@ from progressdb_server.store.conditions import Write
 from progressdb_server.store.engine import Commits, Reads
 from progressdb_server.store.model import ConditionFailedError, StoreReadOnlyError
 
-AUDIT_SETTLED_S: Final = 5.0
 WAY_OUT: Final = "If that is a restore or a new audit log, start once with --accept-restore (the runbook says how)."
 OLDER_STATE: Final = (
     "the key service is in an older state than this store has seen (the server's log says which). If that is intended, "
@@ -47,11 +44,9 @@ class SeenState(msgspec.Struct):
 
 
 class EpochMemory:
-    def __init__(self, reads: Reads, writer: Commits, monotonic: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, reads: Reads, writer: Commits) -> None:
         self._reads = reads
         self._writer = writer
-        self._monotonic = monotonic
-        self._candidate: tuple[float, api.HeadStatus] | None = None
 
     async def observe(
         self, ask: Callable[[], Awaitable[api.StatusAnswer]], *, accept_restore: bool = False
@@ -75,12 +70,11 @@ class EpochMemory:
         if known is not None:
             judge(known, status.epoch, status.keyring_id, seen.seq, seen.sig)
         if status.status != "ok":  # the audit log can't be written: its newest lines may never be durable
-            self._candidate = None
             return status
-        head = self._settled_head(seen)
-        if head is None:
-            head = api.HeadStatus(known.head_seq, known.head_sig) if known else api.HeadStatus(0, "")
-        new = SeenState(status.epoch, status.keyring_id, head.seq, head.sig)
+        head = status.audit.durable.seq, status.audit.durable.mac
+        if known is not None and known.head_seq >= head[0]:
+            head = known.head_seq, known.head_sig
+        new = SeenState(status.epoch, status.keyring_id, *head)
         if new != known:
             # Another server was first: the next look judges by that. A store that takes no writes is still read.
             with contextlib.suppress(ConditionFailedError, StoreReadOnlyError):
@@ -88,18 +82,6 @@ class EpochMemory:
                     Write(((keyspace.EPOCH, msgspec.json.encode(new)),), ((keyspace.EPOCH, raw),))
                 )
         return status
-
-    def _settled_head(self, head: api.HeadStatus) -> api.HeadStatus | None:
-        """A head that was seen AUDIT_SETTLED_S ago, which is on the key service's disk; None if there is no new one."""
-        now = self._monotonic()
-        if self._candidate is None:
-            self._candidate = (now, head)
-            return None
-        seen_at, settled = self._candidate
-        if now - seen_at < AUDIT_SETTLED_S:
-            return None
-        self._candidate = (now, head)
-        return settled
 
 
 async def seen_state(reads: Reads) -> SeenState | None:

@@ -1,6 +1,7 @@
 """One key per thread: races, switches, retired keys; and the memory of the key service's epoch."""
 
 import asyncio
+import json
 from collections.abc import Iterable
 
 import pytest
@@ -271,8 +272,11 @@ async def test_the_cache_of_threads_is_bounded_and_an_evicted_one_is_read_again(
 
 
 # --- the epoch of the key service ---------------------------------------------------------------------------------
-def status(epoch: int, seq: int, sig: str = "", keyring: str = "one") -> api.StatusAnswer:
-    audit = api.AuditStatus(head=api.HeadStatus(seq, sig or f"s{seq}"))
+def status(epoch: int, seq: int, sig: str = "", keyring: str = "one", durable: int | None = None) -> api.StatusAnswer:
+    """`durable`: the last line on the disk; by default the head."""
+    last = seq if durable is None else durable
+    on_disk = api.DurableStatus(last, sig or f"s{last}")
+    audit = api.AuditStatus(head=api.HeadStatus(seq, sig or f"s{seq}"), durable=on_disk)
     return api.StatusAnswer(status="ok", epoch=epoch, keyring_id=keyring, audit=audit)
 
 
@@ -297,13 +301,11 @@ async def test_an_answer_that_another_server_overtakes_is_not_an_older_one() -> 
 
 
 async def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() -> None:
-    now = [0.0]
     async with opened() as store:
-        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
+        memory = EpochMemory(store.reads, store.writer)
         await judge(memory, status(5, 100))
-        now[0] = 10
-        await judge(memory, status(6, 200))
-        await judge(memory, status(6, 150))
+        await judge(memory, status(6, 200, durable=90))
+        await judge(memory, status(6, 150, durable=100))
         for older, why in [
             (status(5, 300), "epoch 5, this store has seen 6"),
             (status(6, 99), "ends at line 99, this store has seen line 100"),
@@ -319,26 +321,40 @@ async def test_an_older_key_service_is_refused_unless_the_restore_is_accepted() 
         assert (await seen(store)).epoch == 3
 
 
-async def test_an_audit_head_counts_only_once_it_is_old_enough_to_be_on_the_disk() -> None:
+async def test_an_audit_line_counts_only_once_it_is_on_the_disk() -> None:
     """The key service may lose its newest lines with the machine's power; that is not a truncated log."""
-    now = [0.0]
     async with opened() as store:
-        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
-        await judge(memory, status(5, 100))
-        now[0] = 1
-        await judge(memory, status(5, 200))
+        memory = EpochMemory(store.reads, store.writer)
+        await judge(memory, status(5, 200, durable=90))
         await judge(memory, status(6, 90))
+        with pytest.raises(RestoredError):
+            await judge(memory, status(7, 89))
+
+
+async def test_the_last_durable_line_is_remembered_at_a_clean_stop() -> None:
+    """So nobody cuts the lines since the last look unseen. A key service that has ended first holds nothing up."""
+
+    class Going(SealingProvider):
+        answer = status(5, 100)
+
+        async def status(self) -> api.StatusAnswer:
+            if self.answer.status == "away":
+                raise KmsUnavailableError("away")
+            return self.answer
+
+    for last, line in (status(5, 130, durable=129), 129), (replace(status(5, 200), status="away"), 100):
+        engine, provider = MemoryEngine(), Going()
+        async with opened(engine, provider) as store:
+            await store.start()
+            provider.answer = last
+        remembered = engine.get(keyspace.EPOCH)
+        assert remembered is not None and json.loads(remembered)["head_seq"] == line
 
 
 async def test_the_remembered_line_has_the_form_that_the_key_service_accepts() -> None:
-    now = [0.0]
     async with opened() as store:
         assert await audit_head(store.reads) == ""
-        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
-        await judge(memory, status(5, 100, "sig"))
-        assert await audit_head(store.reads) == "", "it is not old enough yet"
-        now[0] = 10
-        await judge(memory, status(6, 200))
+        await judge(EpochMemory(store.reads, store.writer), status(5, 100, "sig"))
         assert await audit_head(store.reads) == "100:sig"
 
 
@@ -528,14 +544,11 @@ async def test_new_keys_that_are_retired_at_once_are_not_made_for_ever() -> None
 
 async def test_a_faulty_key_service_is_judged_and_its_log_not_remembered() -> None:
     """While it can't write its audit log, the newest lines may never be durable; and a start waits for it."""
-    now = [0.0]
     async with opened() as store:
-        memory = EpochMemory(store.reads, store.writer, lambda: now[0])
+        memory = EpochMemory(store.reads, store.writer)
         await judge(memory, status(5, 100))
-        for seconds in (10, 20, 30):
-            now[0] = seconds
-            await judge(memory, replace(status(5, 200), status="audit_unavailable", reason="no space"))
-        assert (await seen(store)).head_seq == 0
+        await judge(memory, replace(status(5, 200), status="audit_unavailable", reason="no space"))
+        assert (await seen(store)).head_seq == 100
         with pytest.raises(RestoredError):
             await judge(memory, replace(status(4, 200), status="audit_unavailable"))
 

@@ -3,9 +3,9 @@
 Owns: `Probe`, a question that is asked at most once at a time and whose answer is kept for a moment; the two questions;
 `/readyz` and `/admin/readiness`. Invariants: however many callers ask, the key service and the disk are asked at most
 every FAULT_AGE_S; a caller waits at most PROBE_S_MAX, and at most KNOWN_S_MAX once a problem is known; an
-expired answer counts only if it names a problem, and for PROBE_AGE_S; a caller without an API key learns ready, damaged
-or not ready, and never why; the log has each change of an answer and no single probe. `/healthz` stays the liveness of
-this process alone.
+expired answer counts only if it names a problem, and for PROBE_AGE_S; a caller without an API key learns ready,
+damaged, empty or not ready, and never why; the log has each change of an answer and no single probe. `/healthz` stays
+the liveness of this process alone.
 """
 
 from __future__ import annotations
@@ -158,10 +158,10 @@ class Readiness:
     # --- handlers -------------------------------------------------------------------------------------------------
     @Operation("GET", READY_PATH, response=texts("status"), errors={503: (NOT_READY,)}, needs=NOTHING)
     async def ready(self, request: ApiRequest) -> ApiResponse:
-        """Check whether writes and the key service work, and whether damage was met in the store; needs no key."""
+        """Check whether writes and the key service work, and if the store was met damaged or empty; needs no key."""
         if self._drain.is_set() or any(await self.problems()):
             raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
-        return json_response({"status": "damaged" if self.damage() else "ok"})
+        return json_response({"status": "damaged" if self.damage() else "empty" if self._store.empty_notice else "ok"})
 
     @Operation(
         "GET",
