@@ -56,7 +56,7 @@ def test_it_says_so_and_goes_on_after_the_unseal(tmp_path: Path, kms: LiveDaemon
             """The last good answer of the key service counts for a moment, although writes are refused already."""
             reason = server("GET", "/admin/readiness", key=ADMIN).json
             assert reason["ready"] is False
-            return bool(reason["key_service"].startswith("it is sealed"))
+            return bool(reason["key_service"].startswith("the key service is sealed"))
 
         wait_until(says_why, seconds=WAIT_S_MAX)
         assert server("GET", "/healthz", key=None).status == 200

@@ -99,4 +99,4 @@ async def test_listing_a_foreign_thread_is_as_listing_one_without_keys(tmp_path:
             page = keys.page(after="", limit=100, thread_id=thread_id, state=state)
             pages.add(str(page))
             costs.add(instructions(lambda: keys.page(after="", limit=100, thread_id=thread_id, state=state)))  # noqa: B023  at once
-        assert pages == {"Page(key_ids=[], next_after='')"} and len(costs) == 1, (pages, costs)
+        assert pages == {"KeyPage(key_ids=[], next_after='')"} and len(costs) == 1, (pages, costs)
