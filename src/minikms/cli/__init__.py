@@ -14,7 +14,7 @@ def main() -> None:
     move_out_of_environment()
     import gc
 
-    from minikms.processes.flags import COLLECTED_OBJECTS_MIN
+    from minikms.commands.usage import COLLECTED_OBJECTS_MIN  # first: it names a library that is missing
 
     gc.set_threshold(COLLECTED_OBJECTS_MIN)
     from minikms.cli.command import run

@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, NoReturn
 
-from minikms.processes.flags import EXIT_FAILED as EXIT_FAILED  # noqa: PLC0414  for the commands
+from minikms.processes.flags import COLLECTED_OBJECTS_MIN as COLLECTED_OBJECTS_MIN  # noqa: PLC0414  for the commands
+from minikms.processes.flags import EXIT_FAILED as EXIT_FAILED  # noqa: PLC0414  as above
 from minikms.processes.flags import EXIT_INTERRUPTED
 from minikms.processes.flags import EXIT_MISSING as EXIT_MISSING  # noqa: PLC0414  as above
 

@@ -25,7 +25,7 @@ def main() -> None:
         raise SystemExit(EXIT_MISSING) from None
     import gc
 
-    from minikms.processes.flags import COLLECTED_OBJECTS_MIN
+    from minikms.commands.usage import COLLECTED_OBJECTS_MIN  # first: it names a library that is missing
 
     gc.set_threshold(COLLECTED_OBJECTS_MIN)
     from progressdb_server.cli.command import run
