@@ -180,11 +180,13 @@ def loaded(configuration: str) -> Loaded:
         finally:
             os.environ.clear()
             os.environ.update(environ)
-    names = {os.path.basename(line.split(None, 5)[5]) for line in report["libraries"].splitlines() if ".so" in line}
+    # The loader and Python's own libraries are left out: each build of Python divides itself otherwise.
+    paths = {line.split(None, 5)[5] for line in report["libraries"].splitlines() if ".so" in line}
+    names = {os.path.basename(path) for path in paths if "/lib-dynload/" not in path}
     report["modules"][f"{DAEMON}.__main__"] = report["modules"].pop("__main__")
     return Loaded(
         {name: Path(path) for name, path in report["modules"].items() if path},
-        {_GENERIC.sub("", name) for name in names if not name.startswith("ld-")},  # the loader
+        {_GENERIC.sub("", name) for name in names if not name.startswith(("ld-", "libpython"))},
         report["late"],
         report["tried"],
         {measure["measure"]: measure["in_force"] for measure in hardening},
