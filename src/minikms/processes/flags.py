@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -116,7 +117,9 @@ def _interpreter_options() -> list[str]:
     options: list[str] = []
     words = iter(sys.orig_argv[1:])
     for word in words:
-        if not word.startswith("-") or word in ("-m", "-c"):
+        last = re.match(r"(-[^-XWmc]*)[mc]", word)  # `-Im` is `-I -m`
+        if last or not word.startswith("-"):
+            options += [last[1]] if last and last[1] != "-" else []
             break
         options.append(word)
         if word in ("-X", "-W"):

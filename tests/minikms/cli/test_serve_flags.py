@@ -43,13 +43,15 @@ def test_the_daemon_alone_says_how_it_is_started(words: tuple[str, ...]) -> None
     assert (done.returncode, done.stderr) == (2, "minikms: the daemon is started by `minikms serve`\n")
 
 
-def test_options_of_the_interpreter_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-I", "-Wd", "-m", "minikms", "-x"])
+@pytest.mark.parametrize("last", [("-I", "-Wd", "-m"), ("-Wd", "-Im"), ("-I", "-Wd", "-mminikms")])
+def test_options_of_the_interpreter_are_kept(monkeypatch: pytest.MonkeyPatch, last: tuple[str, ...]) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", *last, "minikms", "-x"])
     programs: list[tuple[str, list[str], dict[str, str]]] = []
     monkeypatch.setattr(os, "execve", lambda *program: programs.append(program))
     monkeypatch.setattr(flags, "write_flags", lambda _: 7)
     become: Callable[..., object] = flags.become_daemon  # which does not return
     become(None, ["-x"])
     [(program, words, environ)] = programs
-    assert (program, words[1:]) == (sys.executable, ["-X", "dev", "-I", "-Wd", "-P", "-m", flags.DAEMON, "7", "-x"])
+    options = ["-X", "dev", *(("-Wd", "-I") if last[-1] == "-Im" else ("-I", "-Wd"))]
+    assert (program, words[1:]) == (sys.executable, [*options, "-P", "-m", flags.DAEMON, "7", "-x"])
     assert environ[flags.BIND_VARIABLE] == "1"
