@@ -270,7 +270,7 @@ def promote(
                 state = kms.promote_replica(replace_database=replace_database)
                 break
             except ConflictError:  # its lease has not ended yet
-                if time.monotonic() >= until:
+                if not replace_database or time.monotonic() >= until:
                     raise
                 time.sleep(POLL_SECONDS)
         stopped = ("sealed",) if replace_database else STOPPED_MODES  # who has refused the database may fill it
@@ -335,7 +335,10 @@ def evidence(*files: EvidenceFile, data_dir: DataDir = None, json: Json = False)
     holders = [_read(path, api.ReplicaEvidence, EVIDENCE_BYTES_MAX) for path in files]
     if len({one.keyring_id for one in holders if one.keyring_id}) > 1:  # an empty database has none
         raise CommandError("these files are of different key services")
-    rows = _compared(sorted(holders, key=lambda one: (one.term, one.number), reverse=True))
+    try:
+        rows = _compared(sorted(holders, key=lambda one: (one.term, one.number), reverse=True))
+    except ValueError:
+        raise CommandError("a tombstone in these files is not the 16 bytes of a key: copy them again") from None
     complete = [row.name for row in rows if row.is_complete]
     if json:
         print_json({"complete": complete, "holders": [row._asdict() for row in rows]})

@@ -151,6 +151,10 @@ def test_a_promotion_waits_for_the_end_of_the_lease_of_this_host(answers: Answer
     daemon.conflicts = 9
     with pytest.raises(ConflictError):
         replica.promote(replace_database=True, yes=True, wait=0)
+    daemon.asked.clear()
+    with pytest.raises(ConflictError):  # a refusal that no wait ends, as that of the only host
+        replica.promote()
+    assert daemon.asked == [False]
 
 
 def key_id(number: int) -> str:
@@ -193,9 +197,11 @@ def test_the_evidence_of_two_histories_names_nobody(tmp_path: Path, capsys: pyte
     files[0].write_text(files[0].read_text().replace("kr_1", "kr_2"))
     with pytest.raises(CommandError, match="different key services"):
         replica.evidence(*files)
-    files[0].write_text("{}")
-    with pytest.raises(CommandError, match="copy it again"):
-        replica.evidence(*files)
+    no_tombstone = evidence(tmp_path, "b", 1, {}).read_text().replace('"destroyed":[]', '"destroyed":["zz"]')
+    for content in ("{}", no_tombstone):
+        files[0].write_text(content)
+        with pytest.raises(CommandError, match=r"copy (it|them) again"):
+            replica.evidence(*files)
 
 
 def test_a_database_is_filled_only_after_a_confirmation(answers: Answers) -> None:
