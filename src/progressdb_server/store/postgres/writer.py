@@ -234,7 +234,11 @@ async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> NodeConnection:
         connection.terminate()
         _log.error("store_node_without_standbys", reason=NO_STANDBYS)
         raise EngineUnavailableError(UNAVAILABLE)
-    await _look_back(nodes, connection)
+    try:
+        await _look_back(nodes, connection)
+    except BaseException:
+        connection.terminate()
+        raise
     return connection
 
 
@@ -247,7 +251,6 @@ async def _look_back(nodes: Nodes, connection: NodeConnection) -> None:
     try:
         there = await connection.fetchval(_IS_THERE, tkey(key), key, timeout=CONNECT_S_MAX)
     except FAILURES as error:
-        connection.terminate()
         raise EngineUnavailableError(UNAVAILABLE) from error
     if not there:
         nodes.went_back = WENT_BACK

@@ -18,6 +18,7 @@ from progressdb_server.store.model import NewMessage, NotWrittenError, OutcomeUn
 from progressdb_server.store.postgres import opening as postgres
 from progressdb_server.store.postgres import reads, tables
 from progressdb_server.store.postgres import writer as postgres_writer
+from progressdb_server.store.postgres.nodes import Nodes, now_s
 from progressdb_server.store.postgres.writer import PostgresWriter
 from tests.harness.logged import capture_logs
 from tests.harness.round_trips import PORT_NAME, counted
@@ -190,6 +191,9 @@ async def test_a_read_that_met_its_deadline_is_not_sent_again(database: str, mon
                 await engine.fetch("SELECT nextval('tries'), pg_sleep(60)")
             assert await connection.fetchval("SELECT last_value FROM tries") == 1
         finally:
+            await connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'"
+            )
             await connection.execute("DROP SEQUENCE tries")
             await connection.close()
 
@@ -221,6 +225,23 @@ async def test_a_request_that_is_given_up_does_not_cancel_its_commit(database: s
             assert set(before) <= set(await waiting(connection)), "others may wait too"
         await store.messages.create(of(2))
         assert bodies(await messages_of(store, "t")) == [0, 1, 2]
+
+
+async def test_a_server_that_stops_while_it_looks_back_leaves_no_session(database: str) -> None:
+    await (await emptied(database)).end()
+    nodes = Nodes(database, replicated=False)
+    nodes.last_confirmed, nodes.last_confirmed_s = b"thread:t:msg:1", now_s()
+    connection = await asyncpg.connect(database)
+    async with connection.transaction():
+        await connection.execute("LOCK TABLE store_entry")
+        finding = asyncio.ensure_future(postgres_writer.find(nodes))
+        pids = await waiting(connection, "relation")
+        finding.cancel()
+        await asyncio.wait({finding})
+    async with asyncio.timeout(60):
+        while await connection.fetchval("SELECT count(*) FROM pg_stat_activity WHERE pid = ANY($1)", pids):
+            await asyncio.sleep(0.01)
+    await connection.close()
 
 
 async def test_a_server_without_replication_reads_whichever_host_takes_writes(database: str, tmp_path: Path) -> None:
