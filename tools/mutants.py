@@ -95,7 +95,10 @@ def main() -> None:
             name = f"{made.file.relative_to(PROJECT)}:{made.line} {made.name}"
             functions = killers(made, copy, asked.tests)
             survivors += not functions
-            print(f"{len(functions):4} {name}" if functions else f"SURVIVES {name}", flush=True)
+            print(
+                f"{len(functions):4} {name}: {' '.join(sorted(functions))}" if functions else f"SURVIVES {name}",
+                flush=True,
+            )
             for function in functions:
                 kills[function].append(name if len(functions) == 1 else "")
     print(f"\n{len(chosen)} mutants, {survivors} survive. Functions with their kills, and those that only they kill:")

@@ -52,6 +52,7 @@ class Collector:
             "OTEL_TRACES_EXPORTER": "otlp",
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}",
             "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "2",
             "OTEL_BSP_SCHEDULE_DELAY": "100",
         }
 
@@ -88,7 +89,6 @@ def test_a_request_is_a_span_and_its_exchange_a_child(tmp_path: Path, collector:
         assert said(span)["http.response.status_code"] == 200
         (child,) = [one for one in collector.spans if one.parent_span_id == span.span_id]
         assert child.name == "minikms decrypt_batch"
-        assert span.start_time_unix_nano <= child.start_time_unix_nano <= child.end_time_unix_nano
         found = forked.run("minikms", "audit", "find", "--data-dir", server.db / "kms", "--request", "traced-1")
         assert "decrypt_batch" in found.stdout, "the audit line has the request id of the span"
         (stray,) = collector.named("GET /v1/messages/{message}")

@@ -198,7 +198,8 @@ def test_without_a_grant_it_seals_itself_and_goes_on_with_one(
         lease = client.status().root.lease
         assert lease is not None and (lease.left_seconds == 0 or how == "refused")
         assert lease.outcomes["refused" if how == "refused" else "away"]
-        assert f"lease={how}" in daemon.log.read_text() and not client.unseal_status().stays_sealed
+        wait_until(lambda: f"lease={how}" in daemon.log.read_text())
+        assert not client.unseal_status().stays_sealed
         renewals = listener.purposes().count("renew")
         ended.set()
         listener.answer = KEY + daemon.root()

@@ -17,7 +17,7 @@ from minikms.http.limits import UNREAD_GROUP_BYTES_MAX
 from minikms_daemon.server.admission import KEPT_CONNECTIONS_SHARE, SEALER_CONNECTIONS_MAX, UID_CONNECTIONS_SHARE
 from tests.harness.callers import OTHER, ROOT_GRANT, USER, Caller, PolicyDaemon
 from tests.harness.waiting import wait_until
-from tests.minikms_daemon.server import foreign
+from tests.minikms_daemon.server import foreign, patient_daemon
 
 pytestmark = pytest.mark.usefixtures("as_root")
 
@@ -83,7 +83,8 @@ def large_batch(key_id: str) -> bytes:
 
 def test_answers_that_one_user_does_not_read_are_bounded(public: Path) -> None:
     """Others do not notice. What the user asked for meanwhile is answered once it reads."""
-    with PolicyDaemon(public, ROOT_GRANT + BOTH) as daemon, ThreadPoolExecutor(12) as threads:
+    patient = "-m", patient_daemon.__name__
+    with PolicyDaemon(public, ROOT_GRANT + BOTH, launcher=patient) as daemon, ThreadPoolExecutor(12) as threads:
         key_id = daemon.new_key("t")
         request = large_batch(key_id)
         other = daemon.caller(OTHER)
@@ -91,8 +92,9 @@ def test_answers_that_one_user_does_not_read_are_bounded(public: Path) -> None:
         reads = threading.Event()
 
         def ask(caller: Caller) -> int:
+            caller.sock.settimeout(600)
             caller.sock.sendall(request)
-            reads.wait(60)
+            reads.wait(600)
             return len(caller.receive().body["items"])
 
         answers = [threads.submit(ask, caller) for caller in callers]
@@ -101,5 +103,5 @@ def test_answers_that_one_user_does_not_read_are_bounded(public: Path) -> None:
             assert other.post("/encrypt", {"key_id": key_id, "plaintext": ""}).status == 200
             assert daemon.status()["http"]["unread_bytes"] < UNREAD_GROUP_BYTES_MAX + 2 * len(request)
         reads.set()
-        assert [answer.result(60) for answer in answers] == [1000] * len(callers)
+        assert [answer.result(600) for answer in answers] == [1000] * len(callers)
         wait_until(lambda: daemon.status()["http"]["unread_bytes"] == 0)
