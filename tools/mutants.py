@@ -69,7 +69,7 @@ def killers(mutant: Mutant, copy: Path, tests: list[str]) -> set[str]:
     finally:
         file.write_text(good, "utf-8")
     if failed.exists():
-        return {line.rpartition("/")[2].partition("[")[0] for line in failed.read_text().splitlines()}
+        return {line.partition("[")[0].rpartition("/")[2] for line in failed.read_text().splitlines()}
     return {f"(pytest ended with {done.returncode})"} if done.returncode else set()
 
 
