@@ -98,10 +98,13 @@ def test_answers_that_one_user_does_not_read_are_bounded(public: Path) -> None:
             return len(caller.receive().body["items"])
 
         answers = [threads.submit(ask, caller) for caller in callers]
-        wait_until(lambda: daemon.status()["http"]["unread_bytes"] > UNREAD_GROUP_BYTES_MAX)
-        for _ in range(10):
-            assert other.post("/encrypt", {"key_id": key_id, "plaintext": ""}).status == 200
-            assert daemon.status()["http"]["unread_bytes"] < UNREAD_GROUP_BYTES_MAX + 2 * len(request)
-        reads.set()
+        try:
+            # The last request counts until its answer does, so that what stays may be less than the bound again.
+            wait_until(lambda: daemon.status()["http"]["unread_bytes"] > UNREAD_GROUP_BYTES_MAX - 2 * len(request))
+            for _ in range(10):
+                assert other.post("/encrypt", {"key_id": key_id, "plaintext": ""}).status == 200
+                assert daemon.status()["http"]["unread_bytes"] < UNREAD_GROUP_BYTES_MAX + 2 * len(request)
+        finally:
+            reads.set()
         assert [answer.result(600) for answer in answers] == [1000] * len(callers)
         wait_until(lambda: daemon.status()["http"]["unread_bytes"] == 0)
