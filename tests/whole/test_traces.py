@@ -52,7 +52,7 @@ class Collector:
             "OTEL_TRACES_EXPORTER": "otlp",
             "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{self._server.server_port}",
             "OTEL_EXPORTER_OTLP_COMPRESSION": "none",
-            "OTEL_EXPORTER_OTLP_TIMEOUT": "2",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "2",  # seconds that a stop waits for a collector that is away
             "OTEL_BSP_SCHEDULE_DELAY": "100",
         }
 

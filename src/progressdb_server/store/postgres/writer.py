@@ -243,8 +243,9 @@ async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> NodeConnection:
 
 
 async def _look_back(nodes: Nodes, connection: NodeConnection) -> None:
-    """Whether the database has what was confirmed, on a new connection: it may be another one, or restored. Raises
-    EngineUnavailableError."""
+    """Checks on a new connection that the database has what was confirmed: it may be another one, or restored. The
+    caller ends the connection after an error. Raises EngineUnavailableError.
+    """
     key = nodes.last_confirmed
     if not key or nodes.went_back or now_s() - nodes.last_confirmed_s > PURGE_S_MIN:  # it may be purged
         return
