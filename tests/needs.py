@@ -224,6 +224,12 @@ def library(name: str) -> ModuleType:
         _missing(f"{_LIBRARY}{name}")
 
 
+def python(*version: int) -> None:
+    """Continue only under this version of Python or a newer one."""
+    if sys.version_info < version:
+        pytest.skip(f"needs Python {'.'.join(map(str, version))} or newer", allow_module_level=True)
+
+
 def packages(*requirements: str) -> NoReturn:
     """Python packages for an environment of a test's own, which could not be installed."""
     _missing(f"the Python packages {' '.join(requirements)}")

@@ -41,20 +41,6 @@ def test_the_combiner_gives_the_known_answer_of_x_wing() -> None:
     )
 
 
-def test_combiner_and_key_schedule_give_the_known_answer_of_hpke() -> None:
-    """draft-ietf-hpke-pq, MLKEM768-X25519 with HKDF-SHA256; its cipher has another number, and a key as long."""
-    suite_id = hpke.SUITE_ID[:-2] + b"\0\x03"
-    shared = encapsulated(
-        "3ec47fa82dd5689d27c6190e724c74ec8f608df3331ce331929e37b829676630",
-        "2a1c0a3745fe8a48fb62034d300f54dfe1974a5b2e169e580a8789cb1cf5fd19"
-        "0fc00f3fd899594e01a8b15334b9f3fa03d8de44da86e19f5776850fb689e6c8",
-    )
-    assert shared.hex() == "58200ed1f137bd95a921bb47f6aaecf2395b26f7fd24efd3a5ffae4849e8dea3"
-    key, nonce = hpke.key_schedule(suite_id, shared, b"4f6465206f6e2061204772656369616e2055726e")
-    assert key.hex() == "131c2ebb469b909a40915914afd7ff5e638888ac7195dcaaaef8f9a84f0e4030"
-    assert nonce.hex() == "2b7a68f19e6cdbd43dda3c6d"
-
-
 def public_key() -> bytes:
     mlkem_key, x25519_key = (
         MLKEM768PrivateKey.from_seed_bytes(SEED[:64]),
