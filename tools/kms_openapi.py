@@ -216,7 +216,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def text() -> str:
-    return yaml.dump(document(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    """Schemas keep the names that they were published under: of a class `EncryptItemRequest`, `EncryptItem`."""
+    dumped: str = yaml.dump(document(), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+    return dumped.replace("ItemRequest", "Item")
 
 
 def main() -> None:

@@ -45,13 +45,13 @@ class BlindIndex(Encrypted):
         self.normalization = normalization
         self.values = index_values("sqlalchemy", "sql", key, normalization)
 
-    class Comparator(Encrypted.Comparator):
+    class EqualityComparator(Encrypted.Comparator):
         def operate(self, op: Any, *other: Any, **kwargs: Any) -> Any:
             if op not in _EQUALITY:
                 raise NotSearchableError("a blind index can only be searched by equality")
             return TypeDecorator.Comparator.operate(self, op, *other, **kwargs)
 
-    comparator_factory = Comparator
+    comparator_factory = EqualityComparator
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
         super().load_dialect_impl(dialect)

@@ -71,7 +71,7 @@ class _Column(Col):
         return f"{_NOWHERE}({sql})", params
 
 
-class _Lookup(Lookup):
+class _ColumnLookup(Lookup):
     """A lookup that may use the column."""
 
     def process_lhs(self, compiler: Any, connection: Any, lhs: Any = None) -> Any:
@@ -79,7 +79,7 @@ class _Lookup(Lookup):
         return sql.removeprefix(_NOWHERE), params
 
 
-class _IsNull(_Lookup, IsNull):
+class _IsNull(_ColumnLookup, IsNull):
     pass
 
 
@@ -91,13 +91,13 @@ class _Exact(Exact):
             raise NotSearchableError(EncryptedField.searches)
 
 
-class _Equals(_Lookup, Exact):
+class _Equals(_ColumnLookup, Exact):
     def get_prep_lookup(self) -> Any:
         _check_texts([self.rhs])
         return self.rhs
 
 
-class _IsAmong(_Lookup, In):
+class _IsAmong(_ColumnLookup, In):
     rhs: Any
 
     def get_prep_lookup(self) -> Any:

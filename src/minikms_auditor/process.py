@@ -125,7 +125,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         log.info(
             "running", origin=config.origin, size=store.state.size, vkeys=[key.text() for key in signers.verifiers]
         )
-        process = _Process(auditor, sinks, stopping=stopping, listener=listener, run=run)
+        process = _AuditorProcess(auditor, sinks, stopping=stopping, listener=listener, run=run)
         if config.questions is not None and questions is not None:
             process.questions = (
                 questions,
@@ -136,7 +136,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         uvloop.run(process.serve())
 
 
-class _Process:
+class _AuditorProcess:
     """One run. Used in the loop's thread."""
 
     def __init__(

@@ -38,7 +38,7 @@ from minikms.audit.blocks import BLOCKS_NAME
 from minikms.audit.queries import query, shows_every_creation
 from minikms.audit.questions import Found, Search
 from minikms.audit.record import Event
-from minikms.http import Limits, Link, Request, Response, error_response
+from minikms.http import HttpRequest, Limits, Link, Response, error_response
 from minikms.http.page import SmallApplication
 from minikms.platform.logs import Log
 from minikms.platform.workers import in_worker
@@ -99,7 +99,7 @@ class QuestionApplication(SmallApplication):
             self._refusals, self._refusals_s = 0, time.monotonic()
         return None
 
-    def handle(self, session: int, request: Request) -> Response | Awaitable[bytes | Response]:
+    def handle(self, session: int, request: HttpRequest) -> Response | Awaitable[bytes | Response]:
         if (request.method, request.path) != ("POST", PATH):
             return error_response(404, api.CODE_NOT_FOUND, f"ask for POST {PATH}")
         try:

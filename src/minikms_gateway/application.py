@@ -25,10 +25,10 @@ from minikms.api import Verb
 from minikms.api.errors import InvalidRequestError, KmsRefusedError, UnauthorizedError
 from minikms.http import (
     TOO_MANY_CONNECTIONS,
+    HttpRequest,
     Link,
     ParsedHead,
     Refusal,
-    Request,
     Response,
     Routes,
     no_route,
@@ -217,7 +217,7 @@ class Gateway:
             return refused
         return None
 
-    def handle(self, session: GatewaySession, request: Request) -> Answer:
+    def handle(self, session: GatewaySession, request: HttpRequest) -> Answer:
         head = request.head
         if (head.path, head.method) == (api.HEALTH.path, api.HEALTH.method):
             return HEALTHY
@@ -229,7 +229,7 @@ class Gateway:
                 return self._answer(who, session, request, credential)
         except KmsRefusedError as error:
             return self._counted(session, error, head)
-        return self._after(who, session, Request(head, memoryview(bytes(request.body))))
+        return self._after(who, session, HttpRequest(head, memoryview(bytes(request.body))))
 
     def refused(self, session: GatewaySession | None, status: int, code: str) -> None:
         """The engine counts what is no request; only a connection without a place is counted here."""
@@ -310,7 +310,7 @@ class Gateway:
             session.refused = error
 
     async def _after(
-        self, fetched: asyncio.Future[None], session: GatewaySession, request: Request
+        self, fetched: asyncio.Future[None], session: GatewaySession, request: HttpRequest
     ) -> bytes | Response:
         await asyncio.shield(fetched)
         try:
@@ -328,7 +328,7 @@ class Gateway:
     def _is_transit(self, head: ParsedHead) -> bool:
         return bool(self._state.mount) and head.path.startswith(TRANSIT_API)
 
-    def _answer(self, who: str, session: GatewaySession, request: Request, credential: str | None) -> Answer:
+    def _answer(self, who: str, session: GatewaySession, request: HttpRequest, credential: str | None) -> Answer:
         if self._is_transit(request.head):
             lifetime = partial(self._lifetime, session, credential)
             return self._transit.answer(who, request, self._state.mount, lifetime)
@@ -347,7 +347,7 @@ class Gateway:
             raise RefusedRequestError("verb", "this request is not for other hosts: make it on the host of the service")
         return no_route(proxied) if verb is None else verb
 
-    def _forward(self, who: str, request: Request) -> Answer:
+    def _forward(self, who: str, request: HttpRequest) -> Answer:
         head = request.head
         if head.path == api.READY.path:
             if head.method != api.READY.method:
@@ -362,7 +362,7 @@ class Gateway:
         return self._ask(verb, who, request, target)
 
     def _ask(
-        self, verb: Verb[Any, Any], who: str, request: Request, target: str | None = None
+        self, verb: Verb[Any, Any], who: str, request: HttpRequest, target: str | None = None
     ) -> asyncio.Future[bytes | Response]:
         """Sends a request of the key service, for nobody if it is READY."""
         if verb is api.READY:

@@ -151,7 +151,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         measures = harden(None, read=read, write=[], allow_network=network, require=require_hardening)
         run = Run(signals, notifier, log)
         run.warn_of(measures)
-        process = _Process(
+        process = _GatewayProcess(
             loader,
             loaded,
             listener=listener,
@@ -167,7 +167,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
                 metrics_listener.close()
 
 
-class _Process:
+class _GatewayProcess:
     """One run. Used in the loop's thread."""
 
     def __init__(

@@ -20,7 +20,7 @@ from minikms import api
 from minikms.api.errors import KmsError, KmsProtocolError, RequestInterruptedError, ShuttingDownError
 from minikms.client.connecting import POOL_IDLE_S_MAX, SocketEndpoint
 from minikms.client.wire import JSON, Answer, AnswerParser
-from minikms.http import Request, Response
+from minikms.http import HttpRequest, Response
 
 CONNECTIONS_MAX: Final = 512
 """The key service gives a user half of its own bound, 1,024. Further requests wait for one of these."""
@@ -34,7 +34,7 @@ _PRINCIPAL: Final = api.PRINCIPAL_HEADER.encode("ascii")
 _REQUEST_ID: Final = api.REQUEST_ID_HEADER.encode("ascii")
 
 
-def request_bytes(method: str, target: str, request: Request, principal: str | None) -> bytes:
+def request_bytes(method: str, target: str, request: HttpRequest, principal: str | None) -> bytes:
     """The request as the key service gets it. `method` and `target` are of this project's own table of verbs, but for
     the id of a key or a query, whose characters the engine has checked.
     """

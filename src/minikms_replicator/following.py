@@ -27,13 +27,13 @@ from minikms.api.replica_verbs import (
 )
 from minikms.platform.clock import boot_ns
 from minikms_replicator.deciding import Watch, is_settled, why_not
-from minikms_replicator.tables import Head, Lease, Part, Tables
+from minikms_replicator.tables import Head, RenewedLease, ReplicaPart, Tables
 
 ASK_S_MAX: Final = 5.0
 """The time of one request to the daemon that brings no part of a change."""
 
 
-class Daemon(Protocol):
+class ReplicaClient(Protocol):
     """What the replicator needs of `minikms.client.AsyncClient`."""
 
     def replica_follow(self, request: ReplicaFollowRequest) -> Coroutine[Any, Any, ReplicaPosition]: ...
@@ -41,7 +41,7 @@ class Daemon(Protocol):
     def replica_next(self, request: ReplicaNextRequest) -> Coroutine[Any, Any, ReplicaNextAnswer]: ...
 
 
-async def position_of(daemon: Daemon) -> ReplicaPosition:
+async def position_of(daemon: ReplicaClient) -> ReplicaPosition:
     async with asyncio.timeout(ASK_S_MAX):
         return await daemon.replica_follow(ASK_POSITION)
 
@@ -49,7 +49,7 @@ async def position_of(daemon: Daemon) -> ReplicaPosition:
 class Follower:
     """Each step raises KmsError, TablesError, or one of FAILURES."""
 
-    def __init__(self, tables: Tables, daemon: Daemon) -> None:
+    def __init__(self, tables: Tables, daemon: ReplicaClient) -> None:
         self._tables = tables
         self._daemon = daemon
         self._watch = Watch()
@@ -57,7 +57,7 @@ class Follower:
         self.why = ""
         """Why the member does not take over."""
 
-    async def step(self) -> tuple[str, Lease] | None:
+    async def step(self) -> tuple[str, RenewedLease] | None:
         """The member's id and lease, if it has taken over or its daemon serves already."""
         position = await position_of(self._daemon)
         me = position.member_id
@@ -81,7 +81,7 @@ class Follower:
             return None
         return self._held(me, await self._tables.take_over(head, position))
 
-    async def _resume(self, position: ReplicaPosition) -> tuple[str, Lease] | None:
+    async def _resume(self, position: ReplicaPosition) -> tuple[str, RenewedLease] | None:
         """Renews the lease that the daemon has from an earlier run of this process. A term belongs to one member."""
         head = await self._tables.head()
         if head.member != position.member_id:
@@ -90,7 +90,7 @@ class Follower:
         lease = await self._tables.renew(head.term, position.member_id, (head.number,), position.seals)
         return self._held(position.member_id, lease)
 
-    def _held(self, member: str, lease: Lease | None) -> tuple[str, Lease] | None:
+    def _held(self, member: str, lease: RenewedLease | None) -> tuple[str, RenewedLease] | None:
         if lease is None:
             return None
         self._held_term = lease.term
@@ -100,7 +100,7 @@ class Follower:
         """Give the daemon the head, and what it lacks."""
         parts = self._tables.parts(position.number, position.tombstones)
         while True:
-            part: Part | None = None
+            part: ReplicaPart | None = None
             async with self._tables.snapshot():
                 head = await self._tables.head()
                 shown = _shown(head._replace(keyring_id=head.keyring_id or position.keyring_id))

@@ -29,10 +29,10 @@ from minikms.processes.config_file import address
 from minikms.processes.postgresql import FAILURES
 from minikms.processes.running import Run
 from minikms_replicator.config import Config, Files
-from minikms_replicator.following import Daemon, Follower
+from minikms_replicator.following import Follower, ReplicaClient
 from minikms_replicator.metrics import Figures, ReplicatorCollector
 from minikms_replicator.serving import PAUSE_S, Server
-from minikms_replicator.tables import Lease, Tables, TablesError
+from minikms_replicator.tables import RenewedLease, Tables, TablesError
 
 POLL_S: Final = 0.5
 """Between two steps of a member that does not serve."""
@@ -76,7 +76,7 @@ async def _serve(config: Config, run: Run, listener: socket.socket | None) -> No
 class Replicator:
     """One run. Used in the loop's thread."""
 
-    def __init__(self, config: Config, run: Run, daemon: Daemon) -> None:
+    def __init__(self, config: Config, run: Run, daemon: ReplicaClient) -> None:
         self._run = run
         self._tables = Tables(config.database.url, single_node=config.database.single_node)
         self._follower = Follower(self._tables, daemon)
@@ -114,7 +114,7 @@ class Replicator:
                 os._exit(1)
             await asyncio.sleep(pause_s)
 
-    async def _serve(self, member: str, lease: Lease) -> None:
+    async def _serve(self, member: str, lease: RenewedLease) -> None:
         self._run.log.info("serving", member=member, term=lease.term)
         self._run.notifier.status(f"serves in term {lease.term}")
         self._serving = True

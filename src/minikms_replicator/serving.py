@@ -25,8 +25,8 @@ from minikms.api.replica_verbs import (
 )
 from minikms.platform.clock import boot_ns
 from minikms.processes.postgresql import FAILURES
-from minikms_replicator.following import ASK_S_MAX, Daemon, position_of
-from minikms_replicator.tables import LEASE_NS, Lease, Tables, TablesError
+from minikms_replicator.following import ASK_S_MAX, ReplicaClient, position_of
+from minikms_replicator.tables import LEASE_NS, RenewedLease, Tables, TablesError
 
 PAUSE_S: Final = 0.1
 """Between two attempts."""
@@ -35,15 +35,15 @@ PAUSE_S: Final = 0.1
 class Server:
     """`failed` gets what has failed: the database, or the key service."""
 
-    def __init__(self, tables: Tables, daemon: Daemon, failed: Callable[[str, BaseException], None]) -> None:
+    def __init__(self, tables: Tables, daemon: ReplicaClient, failed: Callable[[str, BaseException], None]) -> None:
         self._tables = tables
         self._daemon = daemon
         self._failed = failed
 
-    async def serve(self, member: str, lease: Lease) -> None:
+    async def serve(self, member: str, lease: RenewedLease) -> None:
         """Until the member serves no more. Raises TablesError, or one of FAILURES."""
         seals = lease.seals
-        held: Lease | None = lease
+        held: RenewedLease | None = lease
         report: MemberReport | None = None
         while held is not None:
             granted_ns = held.asked_ns  # also if there is no answer: a daemon that stood still takes the grant later
@@ -67,7 +67,7 @@ class Server:
                 return
             held = await self._commit(member, held, commit, seals, granted_ns + LEASE_NS)
 
-    async def _next(self, lease: Lease, report: MemberReport | None) -> ReplicaNextAnswer | None:
+    async def _next(self, lease: RenewedLease, report: MemberReport | None) -> ReplicaNextAnswer | None:
         """None if the daemon did not answer, or refused."""
         members: list[MemberReport] | UnsetType = UNSET
         try:
@@ -93,8 +93,8 @@ class Server:
             return None
 
     async def _commit(
-        self, member: str, lease: Lease, commit: ReplicaCommit | None, seals: int, until_ns: int
-    ) -> Lease | None:
+        self, member: str, lease: RenewedLease, commit: ReplicaCommit | None, seals: int, until_ns: int
+    ) -> RenewedLease | None:
         """Make the commit, or renew alone; None if the head is another member's, or the time is over."""
         numbers = (lease.number,) if commit is None else (commit.previous, commit.number)
         is_known = commit is not None

@@ -166,7 +166,7 @@ class Head(NamedTuple):
     empty: bool
 
 
-class Lease(NamedTuple):
+class RenewedLease(NamedTuple):
     """The head after a confirmed commit of its member, which began at `asked_ns`."""
 
     term: int
@@ -177,7 +177,7 @@ class Lease(NamedTuple):
     asked_ns: int
 
 
-class Part(NamedTuple):
+class ReplicaPart(NamedTuple):
     """`tombstones`: the records after the first `tombstones_after`."""
 
     files: list[ReplicaFile]
@@ -256,7 +256,7 @@ class Tables:
             raise TablesError(f"the keyring in the database is larger than {REPLICA_BYTES_MAX} bytes")
         return content
 
-    async def parts(self, number: int, tombstones: int) -> AsyncIterator[Part]:
+    async def parts(self, number: int, tombstones: int) -> AsyncIterator[ReplicaPart]:
         """What came after this change and this number of tombstones; the last part is complete. In snapshots."""
         after: tuple[int, str] = (number + 1, "")
         while True:
@@ -269,7 +269,7 @@ class Tables:
                     raise TablesError(f"the tombstones in the database are damaged at record {place}")
             complete = len(files) < PART_FILES and len(records) < PART_RECORDS
             found = [ReplicaFile(row["key_id"], encode_text(row["content"])) for row in files]
-            yield Part(found, tombstones, b"".join(row["record"] for row in records), complete)
+            yield ReplicaPart(found, tombstones, b"".join(row["record"] for row in records), complete)
             if complete:
                 return
             tombstones += len(records)
@@ -288,11 +288,11 @@ class Tables:
 
     # --- the head -----------------------------------------------------------------------------------------------------
 
-    async def renew(self, term: int, member: str, numbers: Sequence[int], seals: int) -> Lease | None:
+    async def renew(self, term: int, member: str, numbers: Sequence[int], seals: int) -> RenewedLease | None:
         """One renewal more, if the head is still the member's with one of these numbers; None if it is not."""
         return await self._commit(_RENEW, term, member, numbers, seals)
 
-    async def change(self, term: int, member: str, commit: ReplicaCommit, seals: int) -> Lease | None:
+    async def change(self, term: int, member: str, commit: ReplicaCommit, seals: int) -> RenewedLease | None:
         """None if the head is not the member's any more, or has another number."""
         stones = commit.tombstones
         records = [stones[at : at + RECORD_BYTES] for at in range(0, len(stones), RECORD_BYTES)]
@@ -303,13 +303,13 @@ class Tables:
             commit.tombstones_after, records,
         )  # fmt: skip
 
-    async def take_over(self, head: Head, position: ReplicaPosition) -> Lease | None:
+    async def take_over(self, head: Head, position: ReplicaPosition) -> RenewedLease | None:
         """None if the head has changed. Tables that were not filled as a whole are emptied."""
         return await self._commit(
             _TAKE, head.term, head.renewals, position.member_id, position.keyring_id, position.term
         )
 
-    async def release(self, lease: Lease, member: str, seals: int) -> None:
+    async def release(self, lease: RenewedLease, member: str, seals: int) -> None:
         """With the seals: whoever takes over has to know of them. Nothing if it was renewed since: another process
         beside this daemon goes on with it.
         """
@@ -385,7 +385,7 @@ class Tables:
             connection.terminate()
             raise
 
-    async def _commit(self, statement: str, *values: object) -> Lease | None:
+    async def _commit(self, statement: str, *values: object) -> RenewedLease | None:
         """The first row of the statement; None if it has none."""
         connection = await self._open()
         asked_ns = boot_ns()
@@ -403,7 +403,7 @@ class Tables:
         self._database.node = connection.node
         self._until_ns = max(self._until_ns, asked_ns + LEASE_NS)
         self.commits, self.commit_ns, self.confirmed_ns = self.commits + 1, self.commit_ns + now_ns - asked_ns, now_ns
-        return Lease._make((*row, asked_ns)) if row is not None else None
+        return RenewedLease._make((*row, asked_ns)) if row is not None else None
 
 
 async def check_schema(connection: NodeConnection, *, resets: bool = False) -> None:

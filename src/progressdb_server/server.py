@@ -31,7 +31,7 @@ from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
 from minikms.processes.tracing import Tracing, from_environment
 from progressdb_server import logs
-from progressdb_server.api.application import Application
+from progressdb_server.api.application import MessageApplication
 from progressdb_server.api.gate.access import AccessControl
 from progressdb_server.api.gate.keys import presented
 from progressdb_server.api.routes import jobs as job_routes
@@ -39,7 +39,7 @@ from progressdb_server.api.routes import readiness as readiness_routes
 from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
-from progressdb_server.api.viewer.audit import Auditor
+from progressdb_server.api.viewer.audit import AuditorClient
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import Config, ConfigError, unknown_variables
 from progressdb_server.conversations.whole import Conversations
@@ -231,7 +231,7 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         started.push_async_callback(readiness.close)
         metrics = _metrics(registry, provider, tracing, started)
         secure = bool(config.server.tls.cert_file)
-        auditor = Auditor(config.viewer)
+        auditor = AuditorClient(config.viewer)
         viewer = Viewer(
             store, provider, jobs, readiness, access.keys, metrics=metrics, auditor=auditor, secure=secure
         )  # fmt: skip
@@ -240,7 +240,7 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         backup_routes = store_backup.operations(store.backups, config.backups_dir)
         ready_routes = readiness_routes.operations(readiness)
         more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
-        application = Application(store, access, metrics, more=more, on_unreadable=store.note_unreadable)
+        application = MessageApplication(store, access, metrics, more=more, on_unreadable=store.note_unreadable)
         host, port = listener.getsockname()[:2]
         gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them
         gc.set_threshold(_COLLECTED_OBJECTS_MIN)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from minikms.http import LIMITS, TOO_MANY_CONNECTIONS, ParsedHead, Request
+from minikms.http import LIMITS, TOO_MANY_CONNECTIONS, HttpRequest, ParsedHead
 from minikms.http.head import parse_head
 from minikms_gateway import application
 from minikms_gateway.application import Gateway, GatewaySession, GatewayState
@@ -108,7 +108,7 @@ def head(line: str, *headers: str) -> ParsedHead:
 
 def ready(gateway: Gateway, session: Any, token: str) -> Any:
     """The answer to a request with a token."""
-    return gateway.handle(session, Request(head("GET /ready", f"Authorization: Bearer {token}"), memoryview(b"")))
+    return gateway.handle(session, HttpRequest(head("GET /ready", f"Authorization: Bearer {token}"), memoryview(b"")))
 
 
 UNPROVEN_MAX = CONNECTIONS_MAX // 4

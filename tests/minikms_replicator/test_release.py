@@ -10,7 +10,7 @@ from minikms.api.errors import KmsUnavailableError
 from minikms.api.replica_verbs import MemberReport, ReplicaNextAnswer, ReplicaNextRequest, ReplicaPosition
 from minikms_replicator import serving
 from minikms_replicator.serving import Server
-from minikms_replicator.tables import LEASE_NS, Lease
+from minikms_replicator.tables import LEASE_NS, RenewedLease
 
 SECOND_NS = 1_000_000_000
 
@@ -36,10 +36,10 @@ class Head:
     async def exchange(self, report: object) -> Any:
         return []
 
-    async def renew(self, term: int, member: str, numbers: object, seals: int) -> Lease:
-        return Lease(term, 0, 0, 0, "", self._clock())
+    async def renew(self, term: int, member: str, numbers: object, seals: int) -> RenewedLease:
+        return RenewedLease(term, 0, 0, 0, "", self._clock())
 
-    async def release(self, lease: Lease, member: str, seals: int) -> None:
+    async def release(self, lease: RenewedLease, member: str, seals: int) -> None:
         self.released_ns = self._clock()
 
 
@@ -67,6 +67,6 @@ async def test_a_head_is_released_only_after_the_last_grant_that_was_sent(monkey
     monkeypatch.setattr(serving, "PAUSE_S", 0.0)
     head, daemon = Head(clock), Silent()
     tables: Any = head
-    await Server(tables, daemon, lambda *_: None).serve("m1", Lease(1, 0, 0, 0, "", clock()))
+    await Server(tables, daemon, lambda *_: None).serve("m1", RenewedLease(1, 0, 0, 0, "", clock()))
     assert len(daemon.granted) > 1
     assert head.released_ns > max(daemon.granted) + LEASE_NS

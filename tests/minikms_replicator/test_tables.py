@@ -13,7 +13,7 @@ from minikms.api.base64 import encode_text
 from minikms.api.errors import StartError
 from minikms.processes.postgresql import FAILURES
 from minikms_replicator import fetching, tables
-from minikms_replicator.tables import Lease, Tables, TablesError
+from minikms_replicator.tables import RenewedLease, Tables, TablesError
 from tests.harness import postgres
 from tests.harness.postgres import url_of
 from tests.minikms_replicator.fake_member import Member, content, key_id
@@ -40,7 +40,7 @@ def commit(
     )  # fmt: skip
 
 
-async def taken(found: Tables, member: Member) -> Lease:
+async def taken(found: Tables, member: Member) -> RenewedLease:
     lease = await found.take_over(await found.head(), member.position())
     assert lease is not None
     return lease

@@ -46,7 +46,7 @@ _WRITE: Final = (CODE_STORAGE_UNAVAILABLE, CODE_INTERRUPTED)
 # --- encrypt and decrypt -----------------------------------------------------------------------------------------
 
 
-class EncryptItem(Request):
+class EncryptItemRequest(Request):
     key_id: str
     plaintext: Base64
     aad: Base64 | UnsetType = UNSET
@@ -54,7 +54,7 @@ class EncryptItem(Request):
     request_id: str | UnsetType = UNSET
 
     def __repr__(self) -> str:
-        return f"EncryptItem(key_id={self.key_id!r})"
+        return f"EncryptItemRequest(key_id={self.key_id!r})"
 
 
 class EncryptAnswer(msgspec.Struct):
@@ -66,7 +66,7 @@ ENCRYPT: Final = Verb(
     "POST",
     "/encrypt",
     ("encrypt",),
-    EncryptItem,
+    EncryptItemRequest,
     EncryptAnswer,
     "Encrypt one plaintext",
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_KEY_RETIRED),
@@ -75,7 +75,7 @@ ENCRYPT: Final = Verb(
 )
 
 
-class DecryptItem(Request):
+class DecryptItemRequest(Request):
     key_id: str
     ciphertext: Base64
     aad: Base64 | UnsetType = UNSET
@@ -95,7 +95,7 @@ DECRYPT: Final = Verb(
     "POST",
     "/decrypt",
     ("decrypt",),
-    DecryptItem,
+    DecryptItemRequest,
     DecryptAnswer,
     "Decrypt one ciphertext",
     (*_OPEN_KEY, CODE_WRONG_THREAD, CODE_WRONG_PURPOSE, CODE_DECRYPTION_FAILED),
@@ -107,7 +107,7 @@ DECRYPT: Final = Verb(
 
 
 class EncryptBatchRequest(Request):
-    items: list[EncryptItem]
+    items: list[EncryptItemRequest]
 
 
 class EncryptBatchItemAnswer(msgspec.Struct, omit_defaults=True):
@@ -138,7 +138,7 @@ ENCRYPT_BATCH: Final = Verb(
 
 
 class DecryptBatchRequest(Request):
-    items: list[DecryptItem]
+    items: list[DecryptItemRequest]
 
 
 class DecryptBatchItemAnswer(msgspec.Struct, omit_defaults=True):
@@ -313,7 +313,7 @@ HEALTH: Final = Verb(
 # --- many records of one key -----------------------------------------------------------------------------------------
 
 
-class ReencryptItem(Request):
+class ReencryptItemRequest(Request):
     """One ciphertext of /reencrypt_batch or /check_batch."""
 
     ciphertext: Base64
@@ -325,7 +325,7 @@ class ReencryptBatchRequest(Request):
 
     from_key_id: str
     to_key_id: str
-    items: list[ReencryptItem]
+    items: list[ReencryptItemRequest]
 
 
 REENCRYPT_BATCH: Final = Verb(
@@ -347,7 +347,7 @@ class CheckBatchRequest(Request):
     """Asks which `items` decrypt under the key. The answer is a CheckBatchAnswer, which holds no plaintext."""
 
     key_id: str
-    items: list[ReencryptItem]
+    items: list[ReencryptItemRequest]
     thread_id: str | UnsetType = UNSET
 
 
@@ -381,21 +381,21 @@ CHECK_BATCH: Final = Verb(
 )
 
 
-class MacItem(Request):
+class MacItemRequest(Request):
     """One value of /mac."""
 
     plaintext: Base64
     aad: Base64 | UnsetType = UNSET
 
     def __repr__(self) -> str:
-        return "MacItem()"
+        return "MacItemRequest()"
 
 
 class MacRequest(Request):
     """`key_id` names a key of purpose `mac`."""
 
     key_id: str
-    items: list[MacItem]
+    items: list[MacItemRequest]
     thread_id: str | UnsetType = UNSET
 
 

@@ -169,15 +169,15 @@ def _permissions(directory: str) -> Iterator[Diagnosis]:
         )
 
 
-class _Entry:
+class _DirectoryEntry:
     def __init__(self, name: str, status: os.stat_result) -> None:
         self.name = name
         self.st_mode = status.st_mode
         self.st_uid = status.st_uid
 
 
-def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
-    yield directory, _Entry(os.path.basename(directory), os.lstat(directory))
+def _walk(directory: str) -> Iterator[tuple[str, _DirectoryEntry]]:
+    yield directory, _DirectoryEntry(os.path.basename(directory), os.lstat(directory))
     kept = os.path.join(directory, rotation_backups.DIRECTORY)
     stamps = rotation_backups.list_stamps(kept) if os.path.isdir(kept) else []
     batches = [os.path.join(rotation_backups.DIRECTORY, stamp) for stamp in stamps]
@@ -186,7 +186,10 @@ def _walk(directory: str) -> Iterator[tuple[str, _Entry]]:
             with os.scandir(os.path.join(directory, place)) as entries:
                 for entry in entries:
                     try:
-                        yield os.path.join(place, entry.name), _Entry(entry.name, entry.stat(follow_symlinks=False))
+                        yield (
+                            os.path.join(place, entry.name),
+                            _DirectoryEntry(entry.name, entry.stat(follow_symlinks=False)),
+                        )
                     except FileNotFoundError:
                         continue  # replaced by the daemon meanwhile
         except FileNotFoundError:

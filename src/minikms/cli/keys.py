@@ -196,7 +196,7 @@ def _destroy_one(key_id: str, *, socket: str | None, server_uid: int | None, yes
     return EXIT_GOOD
 
 
-class _Failure(NamedTuple):
+class _KeyFailure(NamedTuple):
     key_id: str
     code: str
     error: str
@@ -206,7 +206,7 @@ class _Outcome(NamedTuple):
     """The outcome of destroying several keys. `not_tried`: the keys that were left when the daemon went away."""
 
     destroyed: list[api.DestroyKeyAnswer]
-    failed: list[_Failure]
+    failed: list[_KeyFailure]
     not_tried: list[str]
 
 
@@ -257,13 +257,13 @@ def _destroy_all(
             try:
                 outcome.destroyed.append(await client.destroy_key(key_id))
             except KmsRefusedError as error:
-                outcome.failed.append(_Failure(key_id, error.code, error.message))
+                outcome.failed.append(_KeyFailure(key_id, error.code, error.message))
             except KmsError as error:
-                outcome.failed.append(_Failure(key_id, "", f"{error}; it may be destroyed: repeat the command"))
+                outcome.failed.append(_KeyFailure(key_id, "", f"{error}; it may be destroyed: repeat the command"))
                 outcome.not_tried.extend(reversed(left))
                 left.clear()
             except asyncio.CancelledError:
-                outcome.failed.append(_Failure(key_id, "", "interrupted; it may be destroyed: repeat the command"))
+                outcome.failed.append(_KeyFailure(key_id, "", "interrupted; it may be destroyed: repeat the command"))
                 outcome.not_tried.extend(reversed(left))
                 left.clear()
                 raise

@@ -27,7 +27,7 @@ from minikms.keys.tombstones import RECORD_BYTES
 WAITING_MAX: Final = 16_384
 
 
-class OutcomeUnknownError(StandbyError):
+class ChangeOutcomeUnknownError(StandbyError):
     """The commit of the change is out. A client gets what it gets for every request that may have taken effect."""
 
     code = api.CODE_INTERRUPTED
@@ -50,7 +50,7 @@ class Position(NamedTuple):
     entries: EntrySum = EntrySum()
 
 
-class _Waiting(NamedTuple):
+class _WaitingChange(NamedTuple):
     written: Written
     delta: EntrySum
     files: list[api.ReplicaFile]
@@ -60,7 +60,7 @@ class _Waiting(NamedTuple):
 
 class _Out(NamedTuple):
     commit: api.ReplicaCommit
-    changes: list[_Waiting]
+    changes: list[_WaitingChange]
     position: Position
 
 
@@ -69,7 +69,7 @@ class CommitQueue:
 
     def __init__(self, sign: Callable[[SignedState, int], bytes]) -> None:
         self._sign = sign
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_WaitingChange] = deque()
         self._out: _Out | None = None
         self._changed = asyncio.Event()
         self._unwritten: dict[int, int] = {}
@@ -97,7 +97,7 @@ class CommitQueue:
         self._out = None
         self._waiting.clear()
         self._changed.set()
-        for changes, error in ((uncertain, OutcomeUnknownError), (waiting, StandbyError)):
+        for changes, error in ((uncertain, ChangeOutcomeUnknownError), (waiting, StandbyError)):
             for change in changes:
                 if not change.number.done():
                     change.number.set_exception(error())
@@ -145,7 +145,7 @@ class CommitQueue:
             raise StandbyError
         files = [api.ReplicaFile(change.key_id, encode_text(change.new)) for change in written.files]
         number: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(written, delta, files, number))
+        self._waiting.append(_WaitingChange(written, delta, files, number))
         self._changed.set()
         return number
 
@@ -162,7 +162,7 @@ class CommitQueue:
 
     def _form(self) -> None:
         """Forms the next commit. Changes that can't be signed are refused: the database does not get them."""
-        changes: list[_Waiting] = []
+        changes: list[_WaitingChange] = []
         files, size, has_keyring = 0, 0, False
         while self._waiting:
             written = self._waiting[0].written
@@ -184,7 +184,7 @@ class CommitQueue:
                 change.number.set_exception(StorageUnavailableError("the change could not be signed, and was not made"))
             raise
 
-    def _signed(self, changes: list[_Waiting], term: int) -> _Out:
+    def _signed(self, changes: list[_WaitingChange], term: int) -> _Out:
         previous, after, epoch, key_version, entries = self.position
         content = tombstones = b""
         for each in changes:

@@ -15,7 +15,16 @@ Modules, each importing only earlier ones: `limits` (bounds and refusals), `head
 room must never import the daemon or the service: any process can serve an application of its own with it.
 """
 
-from minikms.http.exchange import Application, GroupFull, Link, Request, Response, S, error_response, raised_response
+from minikms.http.exchange import (
+    Application,
+    GroupFull,
+    HttpRequest,
+    Link,
+    Response,
+    S,
+    error_response,
+    raised_response,
+)
 from minikms.http.head import ParsedHead, parse_query
 from minikms.http.limits import LIMITS, TOO_MANY_CONNECTIONS, Limits, Refusal
 from minikms.http.routing import Routes, no_route, path_id
@@ -26,12 +35,12 @@ __all__ = [
     "TOO_MANY_CONNECTIONS",
     "Application",
     "GroupFull",
+    "HttpRequest",
     "HttpServer",
     "Limits",
     "Link",
     "ParsedHead",
     "Refusal",
-    "Request",
     "Response",
     "Routes",
     "S",

@@ -29,7 +29,7 @@ from minikms.http.exchange import (
     CONTINUE,
     AnswerEncoder,
     Application,
-    Request,
+    HttpRequest,
     Response,
     S,
     raised_response,
@@ -277,7 +277,7 @@ class ServerConnection(asyncio.BufferedProtocol, Generic[S]):
         size = len(body)
         answer: bytes | Response | Awaitable[bytes | Response]
         try:
-            answer = self._app.handle(self._session, Request(head, body))
+            answer = self._app.handle(self._session, HttpRequest(head, body))
         except KmsRefusedError as error:
             answer = raised_response(error)
         except Exception as error:  # noqa: BLE001 - whatever a handler raises, the client gets a 500 and the loop continues

@@ -1,7 +1,7 @@
 """Requests and answers: what the engine hands to an application, what it gets back, and the bytes of an answer.
 
-Owns: the `Application` protocol, `Request` and `Response`, and the only code that writes a status line or a header of
-an answer. Invariants: a `Request` holds no copy of the body; the body is a view that the engine takes back when
+Owns: the `Application` protocol, `HttpRequest` and `Response`, and the only code that writes a status line or a header
+of an answer. Invariants: an `HttpRequest` holds no copy of the body; the body is a view that the engine takes back when
 `Application.handle` returns. Every answer has exactly one Content-Length and no transfer coding. A header name or value
 with a line break raises. It must never do I/O, or know a path, a verb or a role.
 """
@@ -36,7 +36,7 @@ _FIELD: Final = re.compile(r"[A-Za-z0-9-]+: [\t -~]*")
 _PHRASES: Final = {status.value: status.phrase for status in HTTPStatus}
 
 
-class Request(msgspec.Struct, gc=False):
+class HttpRequest(msgspec.Struct, gc=False):
     """One request whose head and body have arrived completely.
 
     `body` is a view of the engine's memory. When `handle` returns, the engine releases it (a later read raises
@@ -162,7 +162,7 @@ class Application(Protocol[S]):
         whose request will be refused can't make the service hold its body. `handle` checks the request again.
         """
 
-    def handle(self, session: S, request: Request) -> bytes | Response | Awaitable[bytes | Response]:
+    def handle(self, session: S, request: HttpRequest) -> bytes | Response | Awaitable[bytes | Response]:
         """Answer one request. `bytes` means 200 with JSON. A `KmsRefusedError` becomes an answer with its code.
 
         An awaitable continues after `handle` has returned, without the body. It is not cancelled when the client closes

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from minikms import api
-from minikms.http.exchange import Link, Request, Response, error_response
+from minikms.http.exchange import HttpRequest, Link, Response, error_response
 from minikms.http.head import ParsedHead
 from minikms.http.limits import Limits
 from minikms.platform import process_metrics
@@ -57,7 +57,7 @@ class PageApplication(SmallApplication):
         self._content_type = content_type
         self.page = page
 
-    def handle(self, session: int, request: Request) -> Response:
+    def handle(self, session: int, request: HttpRequest) -> Response:
         if (request.method, request.path) != ("GET", self._path):
             return error_response(404, api.CODE_NOT_FOUND, f"ask for {self._path}")
         return Response(200, self.page(), content_type=self._content_type)

@@ -14,16 +14,16 @@ from msgspec.json import Decoder
 
 from minikms import api
 from minikms.api.errors import StandbyError
-from minikms.http import Request, Response, raised_response
+from minikms.http import HttpRequest, Response, raised_response
 from minikms.policy import Meters, Principal
 from minikms_daemon.server import strictjson
 from minikms_daemon.server.admission import Admission, Session
-from minikms_daemon.server.application import Application
+from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.server.lagging import RefusingApplication
 from minikms_daemon.service.access import require
 from minikms_daemon.service.encoding import Reply, json_answer
 
-Act = Callable[[Principal, Request], Reply | Awaitable[Reply]]
+Act = Callable[[Principal, HttpRequest], Reply | Awaitable[Reply]]
 
 
 class StandbyApplication(RefusingApplication):
@@ -32,12 +32,12 @@ class StandbyApplication(RefusingApplication):
     """
 
     def __init__(
-        self, app: Application, *, admission: Admission, meters: Meters | None, attended: Callable[[], bool]
+        self, app: KeyApplication, *, admission: Admission, meters: Meters | None, attended: Callable[[], bool]
     ) -> None:
         super().__init__(app, admission=admission, meters=meters)
         self._attended = attended
 
-    def _serves(self, request: Request) -> bool:
+    def _serves(self, request: HttpRequest) -> bool:
         first = request.head.path == api.REPORT_AUDIT_POSITION.path and not self._attended()
         return super()._serves(request) and not first
 
@@ -58,8 +58,8 @@ def sealed_acts(
     async def answered(result: Awaitable[object]) -> Reply:
         return json_answer(await result)
 
-    def of(verb: api.Verb[Any, Any], respond: Callable[[Request], Reply | Awaitable[Reply]]) -> None:
-        def act(who: Principal, request: Request) -> Reply | Awaitable[Reply]:
+    def of(verb: api.Verb[Any, Any], respond: Callable[[HttpRequest], Reply | Awaitable[Reply]]) -> None:
+        def act(who: Principal, request: HttpRequest) -> Reply | Awaitable[Reply]:
             require(who, verb)
             return respond(request)
 

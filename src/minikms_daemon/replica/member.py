@@ -38,8 +38,7 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.audit.record import ACTOR_SELF
-from minikms.http import Application as HttpApplication
-from minikms.http import Response
+from minikms.http import Application, Response
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import boot_ns
 from minikms.platform.logs import Log
@@ -47,7 +46,7 @@ from minikms.policy import Meters
 from minikms_daemon.replica.application import Act, StandbyApplication, sealed_acts
 from minikms_daemon.replica.state import MemberState, Move, Seals
 from minikms_daemon.server.admission import Admission, Session
-from minikms_daemon.server.application import Application
+from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.server.lease import SECOND_NS, Lease, LeasedApplication
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.encoding import Reply, json_answer
@@ -98,7 +97,7 @@ class Host(Protocol):
         """Queues a line about what the daemon did by itself."""
 
 
-class Member:
+class ReplicaMember:
     """One process of a member, sealed or not. Made and used in the loop's thread. `mark`: as it is on disk, not yet
     authenticated. `sealed_as`: the count in its marker.
     """
@@ -137,10 +136,10 @@ class Member:
     def serves(self) -> bool:
         return self.state.mode == "serving"
 
-    def leased(self, app: HttpApplication[Session]) -> HttpApplication[Session]:
+    def leased(self, app: Application[Session]) -> Application[Session]:
         return LeasedApplication(app, lease=self.lease, ended=self.lapse)
 
-    def standby(self, app: Application, admission: Admission, meters: Meters | None) -> HttpApplication[Session]:
+    def standby(self, app: KeyApplication, admission: Admission, meters: Meters | None) -> Application[Session]:
         return StandbyApplication(app, admission=admission, meters=meters, attended=self._attended)
 
     def _attended(self) -> bool:
@@ -403,7 +402,7 @@ class Member:
         self._log("serving", term=term)
         await parts.go_on()
 
-    def lapse(self) -> HttpApplication[Session]:
+    def lapse(self) -> Application[Session]:
         """The application that serves after the lease."""
         parts = self._parts
         self.stand_by("the lease has ended")

@@ -1,4 +1,4 @@
-"""The replacement of `Member` in a daemon of one host: it always serves, and refuses a replicator and other hosts.
+"""The replacement of `ReplicaMember` in a daemon of one host: it always serves, and refuses a replicator and hosts.
 
 It must never change anything.
 """
@@ -16,10 +16,10 @@ from minikms.custody.vault import Permit
 from minikms_daemon.service.base import VerbTable
 
 if TYPE_CHECKING:
-    from minikms.http import Application as HttpApplication
+    from minikms.http import Application
     from minikms.policy import Meters
     from minikms_daemon.server.admission import Admission, Session
-    from minikms_daemon.server.application import Application
+    from minikms_daemon.server.application import KeyApplication
     from minikms_daemon.server.parts import Parts
 
 
@@ -27,7 +27,7 @@ NOT_REPLICATED: Final = "the key service has one host: to have several, stop the
 
 
 class NoMember:
-    """Has the methods of `Member`."""
+    """Has the methods of `ReplicaMember`."""
 
     serves = True
     asking: frozenset[object] = frozenset()
@@ -50,10 +50,10 @@ class NoMember:
     async def watch(self) -> None:
         return
 
-    def leased(self, app: HttpApplication[Session]) -> HttpApplication[Session]:
+    def leased(self, app: Application[Session]) -> Application[Session]:
         return app
 
-    def standby(self, app: Application, admission: Admission, meters: Meters | None) -> None:
+    def standby(self, app: KeyApplication, admission: Admission, meters: Meters | None) -> None:
         return
 
     def status(self) -> None:

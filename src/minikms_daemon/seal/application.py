@@ -19,7 +19,7 @@ from msgspec.json import Decoder
 from minikms import api
 from minikms.api.errors import InvalidRequestError, SealedError
 from minikms.crypto.aead import scrub
-from minikms.http import Request, Response, raised_response
+from minikms.http import HttpRequest, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.policy import Meters, Principal
 from minikms_daemon.seal.no_unlocking import SEALED_TEXT
@@ -59,7 +59,7 @@ class SealedApplication(AdmittingApplication):
         why: Callable[[bool], str],
         status: Callable[[], dict[str, object]],
         report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]],
-        more: Mapping[str, dict[str, Callable[[Principal, Request], Answer]]],
+        more: Mapping[str, dict[str, Callable[[Principal, HttpRequest], Answer]]],
     ) -> None:
         super().__init__(admission, meters)
         self._arena = arena
@@ -68,7 +68,7 @@ class SealedApplication(AdmittingApplication):
         self._why = why
         self._page = status
         self._report = report_audit_position
-        self._acts: Final[dict[str, dict[str, Callable[[Principal, Request], Answer]]]] = {
+        self._acts: Final[dict[str, dict[str, Callable[[Principal, HttpRequest], Answer]]]] = {
             api.STATUS.path: {"GET": self._status},
             api.SEAL.path: {"POST": self._seal},
             api.UNSEAL.path: {"GET": self._unseal_status, "POST": self._unseal},
@@ -78,7 +78,7 @@ class SealedApplication(AdmittingApplication):
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
-    def handle(self, session: Session, request: Request) -> Answer:
+    def handle(self, session: Session, request: HttpRequest) -> Answer:
         head = request.head
         who = self._admission.caller(session, head, lambda: sealed_response(self._why(True)))
         if isinstance(who, Response):
@@ -95,7 +95,7 @@ class SealedApplication(AdmittingApplication):
 
     # --- the calls that are served -----------------------------------------------------------------------------------
 
-    def _status(self, who: Principal, request: Request) -> Answer:
+    def _status(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.STATUS)
         status = self._page()
         if who.via:
@@ -104,19 +104,19 @@ class SealedApplication(AdmittingApplication):
             status = without_policy_error(status)
         return json_answer(status)
 
-    def _unseal_status(self, who: Principal, request: Request) -> Answer:
+    def _unseal_status(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.UNSEAL_STATUS)
         return json_answer(self._unsealing.status())
 
-    def _seal(self, who: Principal, request: Request) -> Answer:
+    def _seal(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.SEAL)
         return self._seal_again(who)
 
-    def _report_audit_position(self, who: Principal, request: Request) -> Answer:
+    def _report_audit_position(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.REPORT_AUDIT_POSITION)
         return self._report(strictjson.decode(_decode_report, request.body))
 
-    def _unseal(self, who: Principal, request: Request) -> Answer:
+    def _unseal(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.UNSEAL)
         require_short_body(request)
         with contextlib.ExitStack() as undo:

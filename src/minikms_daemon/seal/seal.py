@@ -59,7 +59,7 @@ from minikms_daemon.server.status import sealed_status
 from minikms_daemon.service.encoding import Reply, json_answer
 
 if TYPE_CHECKING:
-    from minikms_daemon.replica.member import Member
+    from minikms_daemon.replica.member import ReplicaMember
     from minikms_daemon.seal.unlocking import Unlocking
 
 MARKER_RETRY_SECONDS: Final = 5.0
@@ -189,19 +189,19 @@ class SealableServer:
             body=lambda: None if self.parts is None else self.parts.vault.keyring.body,
         )
 
-    def _found_replica(self) -> Member | NoMember:
+    def _found_replica(self) -> ReplicaMember | NoMember:
         process = self._process
         stored = replica_file.read(process.lock.directory_fd)
         if stored is None:
             return NoMember()
-        from minikms_daemon.replica.member import Member  # loaded before the hardening: `serve.load_configured`
+        from minikms_daemon.replica.member import ReplicaMember  # loaded before the hardening: `serve.load_configured`
 
         keyring_id = ""
         with contextlib.suppress(StartError):  # then the directory can't be opened, which says why
             keyring_id = keyring.parse_file(read_keyring(process.lock.directory))[0].keyring_id
         marker = files.read_marker(process.lock.directory_fd)
         sealed_as = 0 if marker is None or marker.seals is UNSET else marker.seals
-        return Member(self, process, stored.mark, keyring_id=keyring_id, sealed_as=sealed_as)
+        return ReplicaMember(self, process, stored.mark, keyring_id=keyring_id, sealed_as=sealed_as)
 
     async def start(self) -> None:
         """Opens the data directory and writes the first audit line, unless the start is sealed. Raises StartError."""

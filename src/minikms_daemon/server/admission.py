@@ -25,9 +25,9 @@ from minikms.api.errors import ForbiddenError, KmsRefusedError, TooLargeError
 from minikms.audit import Event
 from minikms.http import (
     GroupFull,
+    HttpRequest,
     Link,
     ParsedHead,
-    Request,
     Response,
     error_response,
     raised_response,
@@ -242,7 +242,7 @@ def _is_own(peer: Peer) -> bool:
     return peer.uid == os.geteuid() and not is_overflow_uid(peer.uid)
 
 
-def require_short_body(request: Request) -> None:
+def require_short_body(request: HttpRequest) -> None:
     """For a body with a root key or a share, which is searched in the loop's thread. `Admission.admit` is asked only
     about one that has not arrived as a whole, and does not know the size of a chunked one. Raises TooLargeError.
     """

@@ -22,7 +22,7 @@ from minikms.api.errors import ForbiddenError, InvalidRequestError, NotSealedErr
 from minikms.audit import Event
 from minikms.audit.record import TYPE_REFUSED
 from minikms.custody.vault import Permit, Vault
-from minikms.http import ParsedHead, Request, Response, Routes, no_route, parse_query, path_id
+from minikms.http import HttpRequest, ParsedHead, Response, Routes, no_route, parse_query, path_id
 from minikms.policy import Meters, Principal
 from minikms_daemon.audit.turns import TurnAudit
 from minikms_daemon.server import metrics, strictmsgpack
@@ -55,7 +55,7 @@ Seal = Callable[[Principal], Awaitable[Reply]]
 """Zeroes every key before it returns; the answer follows when the seal is durable."""
 
 
-Read = Callable[[Principal, Request], Any] | Decoder[Any]
+Read = Callable[[Principal, HttpRequest], Any] | Decoder[Any]
 """Makes the verb's request of an HTTP request, or raises InvalidRequestError or ForbiddenError. Where the body alone is
 the request, it is a decoder for `strictjson.decode`.
 """
@@ -69,7 +69,7 @@ class _Route(msgspec.Struct, frozen=True):
     perform: Perform[Any]
 
 
-class Application(AdmittingApplication):
+class KeyApplication(AdmittingApplication):
     """The engine's application: see `minikms.http`.
 
     `status` makes the object that `/status` answers. `seal` carries out `/seal`, `reload` reads the policy file again.
@@ -107,7 +107,7 @@ class Application(AdmittingApplication):
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
-    def handle(self, session: Session, request: Request) -> Answer:
+    def handle(self, session: Session, request: HttpRequest) -> Answer:
         who = session.principal
         head = request.head
         route = self._routes[head.path].get(head.method)
@@ -210,7 +210,7 @@ class Application(AdmittingApplication):
             sizes, decoder = self._batches[verb.name], Decoder(verb.request)
             unpack = strictmsgpack.Decoder(verb.request).decode
 
-            def read_batch(who: Principal, request: Request) -> Any:
+            def read_batch(who: Principal, request: HttpRequest) -> Any:
                 is_msgpack = request.head.content_type.lower() == api.MSGPACK
                 batch = unpack(request.body) if is_msgpack else decode(decoder, request.body)
                 sizes.add(len(batch.items))
@@ -227,12 +227,12 @@ class Application(AdmittingApplication):
         body = metrics.page(status, times=self._times, batches=self._batches, policy_refusals=self._admission.refusals)
         return Response(200, body, content_type=metrics.CONTENT_TYPE, uncommitted=_is_unavailable(status))
 
-    def _root_reader(self, verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
+    def _root_reader(self, verb: Verb[Any, Any]) -> Callable[[Principal, HttpRequest], Any]:
         """Takes a root key out of the body, once the caller is authorised, before anything else reads the body."""
         decoder, kind = Decoder(verb.request), WITH_ROOT[verb]
         fields = verb.request.__struct_fields__
 
-        def read(who: Principal, request: Request) -> Any:
+        def read(who: Principal, request: HttpRequest) -> Any:
             require(who, verb)
             require_short_body(request)
             root = take_key(request.body, self._vault.arena, verb.root_field)
@@ -261,7 +261,7 @@ class Application(AdmittingApplication):
         return perform
 
 
-def _only_in_path(verb: Verb[Any, Any], given: dict[str, Any], request: Request) -> str:
+def _only_in_path(verb: Verb[Any, Any], given: dict[str, Any], request: HttpRequest) -> str:
     """The id in the path. Raises InvalidRequestError if the body has one too."""
     if given[verb.path_field] is not UNSET:
         raise InvalidRequestError(f"the path names the {verb.path_field}, and the body must not")
@@ -289,11 +289,11 @@ def _reader(verb: Verb[Any, Any]) -> Read:
     return Decoder(verb.request)
 
 
-def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
+def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, HttpRequest], Any]:
     """Beside the id in the path a body holds nothing, or the key id again with the other fields."""
     decoder = Decoder(verb.request if verb.has_body else api.Request)
 
-    def read(who: Principal, request: Request) -> Any:
+    def read(who: Principal, request: HttpRequest) -> Any:
         named = path_id(request.path)
         if verb.has_body:
             found = decode(decoder, request.body)
@@ -308,14 +308,14 @@ def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, Request], Any]:
     return read
 
 
-def _query_reader(kind: type[api.Request]) -> Callable[[Principal, Request], Any]:
+def _query_reader(kind: type[api.Request]) -> Callable[[Principal, HttpRequest], Any]:
     """The parameters are the request's fields: texts, and short numbers. Without fields a query is ignored."""
     fields = msgspec.structs.fields(kind)
     names = {field.name for field in fields}
     required = [field.name for field in fields if field.required]
     numbers = {field.name for field in fields if field.type == int | msgspec.UnsetType}
 
-    def read(who: Principal, request: Request) -> Any:
+    def read(who: Principal, request: HttpRequest) -> Any:
         if not fields:
             return kind()
         query = parse_query(request.query)

@@ -15,10 +15,10 @@ from typing import Final
 
 from minikms import api
 from minikms.api.errors import AuditLaggingError
-from minikms.http import Request, Response, raised_response
+from minikms.http import HttpRequest, Response, raised_response
 from minikms.policy import Meters
 from minikms_daemon.server.admission import Admission, AdmittingApplication, Session
-from minikms_daemon.server.application import Application
+from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.service.encoding import Reply
 
 CHECK_SECONDS: Final = 0.1
@@ -45,11 +45,11 @@ _SERVED: Final = frozenset((verb.method, verb.path) for verb in SERVED)
 class RefusingApplication(AdmittingApplication, ABC):
     """The engine's application in the place of `app`, which gets the verbs of SERVED only: see `minikms.http`."""
 
-    def __init__(self, app: Application, *, admission: Admission, meters: Meters | None) -> None:
+    def __init__(self, app: KeyApplication, *, admission: Admission, meters: Meters | None) -> None:
         super().__init__(admission, meters)
         self._app = app
 
-    def handle(self, session: Session, request: Request) -> Reply | Awaitable[Reply]:
+    def handle(self, session: Session, request: HttpRequest) -> Reply | Awaitable[Reply]:
         if self._serves(request):
             return self._app.handle(session, request)
         who = self._admission.caller(session, request.head, lambda: self._refusal(None))
@@ -58,7 +58,7 @@ class RefusingApplication(AdmittingApplication, ABC):
     def commit(self) -> bool | None:
         return self._app.commit()
 
-    def _serves(self, request: Request) -> bool:
+    def _serves(self, request: HttpRequest) -> bool:
         return (request.head.method, request.head.path) in _SERVED
 
     @abstractmethod
@@ -71,7 +71,7 @@ class LaggingApplication(RefusingApplication):
 
     def __init__(
         self,
-        app: Application,
+        app: KeyApplication,
         *,
         admission: Admission,
         meters: Meters | None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import Final
 
-from minikms.http import Application, Request, Response
+from minikms.http import Application, HttpRequest, Response
 from minikms.platform.clock import boot_ns
 from minikms_daemon.server.admission import Session
 
@@ -57,7 +57,7 @@ class LeasedApplication:
         self.open_session, self.close_session = app.open_session, app.close_session
         self.group, self.may_stay, self.admit, self.refused = app.group, app.may_stay, app.admit, app.refused
 
-    def handle(self, session: Session, request: Request) -> Answer:
+    def handle(self, session: Session, request: HttpRequest) -> Answer:
         if boot_ns() < self._lease.until_ns:
             return self._handle(session, request)
         return self._ended().handle(session, request)

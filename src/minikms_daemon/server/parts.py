@@ -25,8 +25,7 @@ from minikms.audit.record import LineRef
 from minikms.custody.journal import Replayed
 from minikms.custody.vault import Indexing, Vault
 from minikms.datadir import DataDir, oldest_audit_key, written_at_start
-from minikms.http import Application as HttpApplication
-from minikms.http import HttpServer
+from minikms.http import Application, HttpServer
 from minikms.http.exchange import refusal_response
 from minikms.http.limits import INTERRUPTED
 from minikms.memory import libc
@@ -45,11 +44,11 @@ from minikms_daemon.audit.position import AuditorPosition
 from minikms_daemon.audit.turns import TurnAudit
 from minikms_daemon.rotation import KekRotation, Pruning
 from minikms_daemon.server.admission import Admission, Session
-from minikms_daemon.server.application import Application, Seal
+from minikms_daemon.server.application import KeyApplication, Seal
 from minikms_daemon.server.lagging import CHECK_SECONDS, LaggingApplication
 from minikms_daemon.server.policy_file import PolicyInForce
 from minikms_daemon.server.settings import Settings
-from minikms_daemon.server.status import Standing, StatusPage
+from minikms_daemon.server.status import ReplicaView, StatusPage
 from minikms_daemon.service.access import Access
 from minikms_daemon.service.auditor import AuditorVerbs
 from minikms_daemon.service.base import VerbTable
@@ -105,7 +104,7 @@ class RunContext(NamedTuple):
     on_internal_error: Callable[[str], None]
 
 
-class Replica(Standing, Protocol):
+class Replica(ReplicaView, Protocol):
     """What the parts need of `minikms_daemon.replica`."""
 
     def add_verbs(
@@ -119,10 +118,10 @@ class Replica(Standing, Protocol):
         pin: PinFile | None,
     ) -> None: ...
 
-    def leased(self, app: HttpApplication[Session]) -> HttpApplication[Session]:
+    def leased(self, app: Application[Session]) -> Application[Session]:
         """`app`, behind the lease of this host if it needs one."""
 
-    def standby(self, app: Application, admission: Admission, meters: Meters | None) -> HttpApplication[Session] | None:
+    def standby(self, app: KeyApplication, admission: Admission, meters: Meters | None) -> Application[Session] | None:
         """What is served instead of `app` while this host does not serve; None where it always does."""
 
     async def watch(self) -> None: ...
@@ -143,7 +142,7 @@ class Parts:
         position: AuditorPosition,
         started_ns: int,
         seal: Seal,
-        leased: Callable[[HttpApplication[Session]], HttpApplication[Session]],
+        leased: Callable[[Application[Session]], Application[Session]],
         lease: Callable[[], dict[str, object] | None],
         replica: Replica,
     ) -> None:
@@ -231,7 +230,7 @@ class Parts:
             replica=replica,
             started_ns=started_ns,
         )
-        self.app = Application(
+        self.app = KeyApplication(
             table=table,
             status=self._page.build,
             admission=admission,
@@ -261,7 +260,7 @@ class Parts:
         self._page.watch_disk()
 
     @property
-    def served(self) -> HttpApplication[Session]:
+    def served(self) -> Application[Session]:
         """What the server has now: `app`, or what refuses most verbs in its place."""
         if self._standby is not None and not self.replica.serves:
             return self._standby

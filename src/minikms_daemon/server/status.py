@@ -35,7 +35,7 @@ _ERROR_HIDDEN: Final = "the file is not valid"
 _KEY_HIDDEN: Final = "k_…"
 
 
-class Standing(Protocol):
+class ReplicaView(Protocol):
     """What the status says of this host, where the key service has several."""
 
     @property
@@ -63,7 +63,7 @@ class StatusPage:
         keks: KekVerbs,
         policy: PolicyInForce,
         lease: Callable[[], dict[str, object] | None],
-        replica: Standing,
+        replica: ReplicaView,
         started_ns: int,
     ) -> None:
         self._replica = replica
@@ -324,7 +324,7 @@ def sealed_status(
     reason: str,
     warning: str,
     lease: dict[str, object] | None,
-    replica: Standing,
+    replica: ReplicaView,
 ) -> dict[str, object]:
     """The members that a daemon without keys knows. `warning` is empty if there is none."""
     return {

@@ -65,7 +65,7 @@ class RecordVerbs:
 
     # --- one record --------------------------------------------------------------------------------------------------
 
-    def encrypt(self, who: Principal, item: api.EncryptItem, request_id: str) -> Reply | Awaitable[Reply]:
+    def encrypt(self, who: Principal, item: api.EncryptItemRequest, request_id: str) -> Reply | Awaitable[Reply]:
         """nonce | ciphertext | tag of one plaintext."""
         # A hot verb, see `base`: what the other verbs share is written out here for a caller without limits and a key
         # that is opened. All others take `_encrypt`.
@@ -87,12 +87,12 @@ class RecordVerbs:
         self._audit_add(event)
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
-    def encrypt_one(self, keys: Keys, item: api.EncryptItem, event: Event) -> bytes:
+    def encrypt_one(self, keys: Keys, item: api.EncryptItemRequest, event: Event) -> bytes:
         """The same in the frame of the other verbs."""
         sealed = _encrypted(self._open_for(keys, event, item.key_id), item, decode_canonical)
         return b'{"ciphertext":"' + encode(sealed) + b'"}'
 
-    def decrypt(self, keys: Keys, item: api.DecryptItem, event: Event) -> bytes:
+    def decrypt(self, keys: Keys, item: api.DecryptItemRequest, event: Event) -> bytes:
         opened = self._open_for(keys, event, item.key_id)
         if item.thread_id is not UNSET:
             opened.check_thread(item.thread_id)
@@ -115,7 +115,9 @@ class RecordVerbs:
         """Encrypts each item; a refused item does not stop the others."""
         return self._in_slices(self._encrypt_items, keys, request, "ciphertext", event)
 
-    def _encrypt_items(self, keys: Keys, items: Sequence[api.EncryptItem], read: ReadBytes, outcomes: Outcomes) -> None:
+    def _encrypt_items(
+        self, keys: Keys, items: Sequence[api.EncryptItemRequest], read: ReadBytes, outcomes: Outcomes
+    ) -> None:
         until_s, cache = time.monotonic() + SLICE_SECONDS_MAX, self._vault.cache
         misses, last_key_id = cache.misses, ""
         opened: OpenDek | None = None
@@ -137,7 +139,9 @@ class RecordVerbs:
         """Decrypts each item; a refused item does not stop the others."""
         return self._in_slices(self._decrypt_items, keys, request, "plaintext", event)
 
-    def _decrypt_items(self, keys: Keys, items: Sequence[api.DecryptItem], read: ReadBytes, outcomes: Outcomes) -> None:
+    def _decrypt_items(
+        self, keys: Keys, items: Sequence[api.DecryptItemRequest], read: ReadBytes, outcomes: Outcomes
+    ) -> None:
         # As `_encrypt_items` and `decrypt`, written out: a shared function would cost a call for each item.
         until_s, cache = time.monotonic() + SLICE_SECONDS_MAX, self._vault.cache
         misses, last_key_id = cache.misses, ""
@@ -239,7 +243,7 @@ class RecordVerbs:
         )
 
 
-def _encrypted(opened: OpenDek, item: api.EncryptItem, read: ReadBytes) -> bytes:
+def _encrypted(opened: OpenDek, item: api.EncryptItemRequest, read: ReadBytes) -> bytes:
     """nonce | ciphertext | tag of one plaintext. Raises KmsRefusedError."""
     if isinstance(item.thread_id, str):  # without one it is UNSET, or None in MessagePack
         opened.check_thread(item.thread_id)
@@ -274,7 +278,9 @@ def _aad(opened: OpenDek, aad: str | UnsetType, read: ReadBytes) -> bytes:
     return opened.aad_prefix + caller_field(read(aad, api.AAD_BYTES_MAX, "aad"))
 
 
-def _refused_of(items: Sequence[api.ReencryptItem], opened: OpenDek, read: ReadBytes) -> list[api.RefusedItemAnswer]:
+def _refused_of(
+    items: Sequence[api.ReencryptItemRequest], opened: OpenDek, read: ReadBytes
+) -> list[api.RefusedItemAnswer]:
     """The items that do not open. No plaintext becomes an object: all go into one buffer, which is zeroed."""
     refused: list[api.RefusedItemAnswer] = []
     longest = max((len(item.ciphertext) for item in items), default=0)

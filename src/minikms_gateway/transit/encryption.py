@@ -18,13 +18,13 @@ import msgspec
 from minikms import api
 from minikms.api.errors import KmsRefusedError, refusal
 from minikms.http import Response
-from minikms_gateway.transit.keyring import OUT_OF_DATE, Caller, TransitKey
+from minikms_gateway.transit.keyring import OUT_OF_DATE, TransitCaller, TransitKey
 from minikms_gateway.transit.wire import (
     BATCH_ITEMS_MAX,
     UNBOUND,
-    Body,
     Number,
     Short,
+    TransitBody,
     VaultError,
     bound,
     decode_base64,
@@ -39,7 +39,7 @@ _PREFIX: Final = "vault:v"
 _VERSION: Final = re.compile(r"[0-9]{1,10}", re.ASCII)
 
 
-class Item(Body):
+class RecordItem(TransitBody):
     plaintext: str | None = None
     ciphertext: str | None = None
     context: str | None = None
@@ -48,13 +48,13 @@ class Item(Body):
     reference: Short | None = None
 
 
-class Records(Item):
-    batch_input: list[Item] | None = None
+class Records(RecordItem):
+    batch_input: list[RecordItem] | None = None
     partial_failure_response_code: Number | None = None
     convergent_encryption: bool | None = None
 
 
-class Result(Body, omit_defaults=True):
+class RecordResult(TransitBody, omit_defaults=True):
     """The result of an item. `plaintext`: None unless the operation gives one."""
 
     plaintext: str | None = None
@@ -68,7 +68,7 @@ Results = list[str | KmsRefusedError]
 """The results of a request's items, in their order."""
 
 
-async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
+async def encrypt(caller: TransitCaller, name: str, body: Records) -> bytes | Response:
     items = _items(body, "plaintext", "encrypt")
 
     async def seal(key: TransitKey) -> tuple[Results, int]:
@@ -91,7 +91,7 @@ async def encrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
     return _answer(body, items, results, latest)
 
 
-async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
+async def decrypt(caller: TransitCaller, name: str, body: Records) -> bytes | Response:
     items = _items(body, "ciphertext", "decrypt")
     given = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
 
@@ -108,7 +108,7 @@ async def decrypt(caller: Caller, name: str, body: Records) -> bytes | Response:
     return _answer(body, items, await caller.using(name, unseal, at_least=_newest(given)))
 
 
-async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
+async def rewrap(caller: TransitCaller, name: str, body: Records) -> bytes | Response:
     """One request for each version among the items."""
     items = _items(body, "ciphertext", "decrypt")
     given = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
@@ -137,13 +137,13 @@ async def rewrap(caller: Caller, name: str, body: Records) -> bytes | Response:
     return _answer(body, items, results, latest)
 
 
-class _Ciphertext(Body):
+class _Ciphertext(TransitBody):
     """The base64 of a record, which is passed on as it is."""
 
     ciphertext: str
 
 
-class _Plaintext(Body):
+class _Plaintext(TransitBody):
     plaintext: str
 
 
@@ -152,13 +152,13 @@ class _Refused(msgspec.Struct, array_like=True):
     code: str
 
 
-class _Outcomes(Body, array_like=True):
+class _Outcomes(TransitBody, array_like=True):
     """The answer to a batch in MessagePack."""
 
     items: list[bytes | _Refused]
 
 
-def _items(body: Records, member: str, what: str) -> Sequence[Item]:
+def _items(body: Records, member: str, what: str) -> Sequence[RecordItem]:
     """The items of a request. Raises VaultError for what refuses all of them."""
     if body.convergent_encryption:
         raise VaultError("convergent encryption is not offered")
@@ -183,7 +183,7 @@ def _items(body: Records, member: str, what: str) -> Sequence[Item]:
 
 
 async def _batch(
-    caller: Caller,
+    caller: TransitCaller,
     verb: api.Verb[Any, Any],
     count: int,
     prepare: Callable[[int], tuple[str, bytes, bytes]],
@@ -223,15 +223,15 @@ def _result(outcome: bytes | _Refused, prefix: str) -> str | KmsRefusedError:
     return error
 
 
-def _answer(body: Records, items: Sequence[Item], results: Results, latest: int = 0) -> bytes | Response:
+def _answer(body: Records, items: Sequence[RecordItem], results: Results, latest: int = 0) -> bytes | Response:
     """`latest`: the version that has encrypted; 0 if the results are plaintexts."""
 
-    def shown(result: str | KmsRefusedError, reference: str | None) -> Result:
+    def shown(result: str | KmsRefusedError, reference: str | None) -> RecordResult:
         if isinstance(result, KmsRefusedError):
-            return Result(None if latest else "", error=text_of(result), reference=reference)
+            return RecordResult(None if latest else "", error=text_of(result), reference=reference)
         if latest:
-            return Result(None, result, latest, reference=reference)
-        return Result(result, reference=reference)
+            return RecordResult(None, result, latest, reference=reference)
+        return RecordResult(result, reference=reference)
 
     failed = [result for result in results if isinstance(result, KmsRefusedError)]
     if body.batch_input is None:
@@ -275,7 +275,7 @@ def _newest(given: Sequence[tuple[int, str] | VaultError]) -> int:
     return max((each[0] for each in given if isinstance(each, tuple)), default=0)
 
 
-def _opening(key: TransitKey, item: Item, given: tuple[int, str] | VaultError) -> tuple[str, bytes, bytes]:
+def _opening(key: TransitKey, item: RecordItem, given: tuple[int, str] | VaultError) -> tuple[str, bytes, bytes]:
     """The key id, the record and the `aad` of a ciphertext. Raises VaultError."""
     if isinstance(given, VaultError):
         raise given
@@ -289,7 +289,7 @@ def _opening(key: TransitKey, item: Item, given: tuple[int, str] | VaultError) -
     return key_id, record, _aad(key, item)
 
 
-def _aad(key: TransitKey, item: Item) -> bytes:
+def _aad(key: TransitKey, item: RecordItem) -> bytes:
     key.check_context(item.context)
     if item.context or item.associated_data:
         return bound(item.context, item.associated_data)

@@ -6,33 +6,33 @@ from typing import Any, Final
 
 from minikms import api
 from minikms_gateway.transit.encryption import prefix_of
-from minikms_gateway.transit.keyring import Caller, TransitKey
-from minikms_gateway.transit.wire import Body, Number, Short, VaultError, bound, decode_base64, envelope
+from minikms_gateway.transit.keyring import TransitCaller, TransitKey
+from minikms_gateway.transit.wire import Number, Short, TransitBody, VaultError, bound, decode_base64, envelope
 
 RANDOM_BYTES_DEFAULT: Final = 32
 DATA_KEY_BITS: Final = 256
 
 
-class DataKey(Body):
+class DataKey(TransitBody):
     context: str | None = None
     associated_data: str | None = None
     bits: Number | None = None
     key_version: Number | None = None
 
 
-class Random(Body):
+class Random(TransitBody):
     bytes: Number | None = None
     format: Short | None = None
 
 
-class _DataKeyAnswer(Body):
+class _DataKeyAnswer(TransitBody):
     """The base64 of both, which is passed on as it is."""
 
     ciphertext: str
     plaintext: str | None = None
 
 
-async def data_key(caller: Caller, name: str, body: DataKey, *, plaintext: bool) -> bytes:
+async def data_key(caller: TransitCaller, name: str, body: DataKey, *, plaintext: bool) -> bytes:
     if body.bits not in (None, DATA_KEY_BITS):
         raise VaultError(f"invalid bit length: data keys have {DATA_KEY_BITS} bits")
 
@@ -49,7 +49,7 @@ async def data_key(caller: Caller, name: str, body: DataKey, *, plaintext: bool)
     return await caller.using(name, make, at_least=body.key_version or 0)
 
 
-async def random(caller: Caller, count: str, body: Random) -> bytes:
+async def random(caller: TransitCaller, count: str, body: Random) -> bytes:
     """`count`: of the path, or empty."""
     if count and not (count.isascii() and count.isdigit() and len(count) < 10):
         raise VaultError("error parsing url-set byte count")
@@ -64,5 +64,5 @@ async def random(caller: Caller, count: str, body: Random) -> bytes:
     return envelope({"random_bytes": decode_base64(made.random).hex() if body.format == "hex" else made.random})
 
 
-class _Random(Body):
+class _Random(TransitBody):
     random: str

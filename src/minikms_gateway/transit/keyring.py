@@ -28,7 +28,7 @@ from minikms.api.errors import (
     RequestInterruptedError,
     refusal,
 )
-from minikms.http import ParsedHead, Request, Response
+from minikms.http import HttpRequest, ParsedHead, Response
 from minikms_gateway.transit.wire import NO_CONTEXT, NO_MACS, NOT_FOUND, ONLY_MACS, TOO_NEW, TOO_OLD, VaultError
 
 THREAD_PREFIX: Final = "transit."
@@ -44,7 +44,7 @@ LIST_PAGES_MAX: Final = 100
 REMEMBERED_VERSIONS_MAX: Final = 65_536
 """The versions of all keys of all principals together: 15 MiB, or 60 MiB if each key has one."""
 
-Ask = Callable[[Verb[Any, Any], str, Request, str | None], Awaitable[bytes | Response]]
+Ask = Callable[[Verb[Any, Any], str, HttpRequest, str | None], Awaitable[bytes | Response]]
 """Sends a request of the key service for a principal; the last argument is the target, or None for its path."""
 T = TypeVar("T")
 
@@ -126,7 +126,7 @@ class Lifetime(NamedTuple):
     until: float
 
 
-class Caller:
+class TransitCaller:
     """One request of a principal. `head`: of the client's request, whose id goes along."""
 
     def __init__(
@@ -150,7 +150,7 @@ class Caller:
         """The answer to a request of the key service. `packed`: both are MessagePack. Raises KmsRefusedError."""
         encode, decode = (_PACK, msgspec.msgpack.decode) if packed else (_JSON, msgspec.json.decode)
         head = msgspec.structs.replace(self._head, content_type=api.MSGPACK if packed else "")
-        request = Request(head, memoryview(b"" if body is None else encode(body)))
+        request = HttpRequest(head, memoryview(b"" if body is None else encode(body)))
         answer = await self._ask(verb, self.who, request, target)
         if isinstance(answer, Response) and answer.status != 200:
             raise _refusal(answer)
@@ -161,7 +161,7 @@ class Caller:
 
     async def ready(self) -> None:
         """Checks that the key service serves. Raises its error otherwise."""
-        answer = await self._ask(api.READY, self.who, Request(self._head, memoryview(b"")), None)
+        answer = await self._ask(api.READY, self.who, HttpRequest(self._head, memoryview(b"")), None)
         if isinstance(answer, Response) and answer.status != 200:
             raise _refusal(answer)
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from minikms import api
 from minikms.api.errors import ConflictError, KeyNotFoundError
-from minikms_gateway.transit.keyring import THREAD_PREFIX, VERSIONS_MAX, Caller, TransitKey
-from minikms_gateway.transit.wire import Body, Number, Short, VaultError, envelope
+from minikms_gateway.transit.keyring import THREAD_PREFIX, VERSIONS_MAX, TransitCaller, TransitKey
+from minikms_gateway.transit.wire import Number, Short, TransitBody, VaultError, envelope
 
 TYPE: Final = "aes256-gcm96"
 """What clients call a key that encrypts; the records are XAES-256-GCM."""
@@ -25,7 +25,7 @@ NO_DESTRUCTION: Final = (
 _NO_PERIODS: Final = frozenset({"", "0", "0s", "0m", "0h"})
 
 
-class Settings(Body):
+class KeySettings(TransitBody):
     """The settings of a new key, or of `config`."""
 
     type: Short | None = None
@@ -56,7 +56,7 @@ class Settings(Body):
             raise VaultError(NO_DESTRUCTION, 403)
 
 
-async def create(caller: Caller, name: str, settings: Settings) -> bytes:
+async def create(caller: TransitCaller, name: str, settings: KeySettings) -> bytes:
     """A key that exists stays as it is."""
     settings.check()
     key = await caller.lookup(name)
@@ -76,21 +76,21 @@ async def create(caller: Caller, name: str, settings: Settings) -> bytes:
     return _shown(key, warning=f"key {name} already existed")
 
 
-async def read(caller: Caller, name: str, _body: Body) -> bytes:
+async def read(caller: TransitCaller, name: str, _body: TransitBody) -> bytes:
     key = await caller.lookup(name)
     if key is None:
         raise VaultError("", 404)
     return _shown(key)
 
 
-async def list_names(caller: Caller, _name: str, _body: Body) -> bytes:
+async def list_names(caller: TransitCaller, _name: str, _body: TransitBody) -> bytes:
     names = await caller.names()
     if not names:
         raise VaultError("", 404)
     return envelope({"keys": names})
 
 
-async def rotate(caller: Caller, name: str, _body: Body) -> bytes:
+async def rotate(caller: TransitCaller, name: str, _body: TransitBody) -> bytes:
     """Makes the next version, and retires the one before."""
     for _ in range(ROTATE_ATTEMPTS_MAX):
         key = await caller.lookup(name)
@@ -112,7 +112,7 @@ async def rotate(caller: Caller, name: str, _body: Body) -> bytes:
     raise VaultError("other rotations of this key came first: try again", 503)
 
 
-async def configure(caller: Caller, name: str, settings: Settings) -> bytes:
+async def configure(caller: TransitCaller, name: str, settings: KeySettings) -> bytes:
     """Accepts what a key has anyway."""
     settings.check()
     key = await caller.lookup(name)
@@ -132,7 +132,7 @@ async def configure(caller: Caller, name: str, settings: Settings) -> bytes:
     return _shown(key)
 
 
-async def refuse_destruction(_caller: Caller, _name: str, _body: Body) -> bytes:
+async def refuse_destruction(_caller: TransitCaller, _name: str, _body: TransitBody) -> bytes:
     raise VaultError(NO_DESTRUCTION, 403)
 
 

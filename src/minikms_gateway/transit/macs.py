@@ -14,12 +14,12 @@ from typing import Final
 
 from minikms import api
 from minikms_gateway.transit.encryption import parsed, prefix_of
-from minikms_gateway.transit.keyring import Caller, TransitKey
+from minikms_gateway.transit.keyring import TransitCaller, TransitKey
 from minikms_gateway.transit.wire import (
     BATCH_ITEMS_MAX,
-    Body,
     Number,
     Short,
+    TransitBody,
     VaultError,
     decode_base64,
     encode_base64,
@@ -31,21 +31,21 @@ LABEL: Final = b"minikms/transit/mac/v1\0"
 """Begins the `aad` of a MAC: then the name of the key behind its length (4 bytes, big-endian)."""
 
 
-class Item(Body):
+class HmacItem(TransitBody):
     input: str | None = None
     hmac: str | None = None
     signature: str | None = None
     reference: Short | None = None
 
 
-class Macs(Item):
-    batch_input: list[Item] | None = None
+class Macs(HmacItem):
+    batch_input: list[HmacItem] | None = None
     key_version: Number | None = None
     algorithm: Short | None = None
     hash_algorithm: Short | None = None
 
 
-class Result(Body, omit_defaults=True):
+class HmacResult(TransitBody, omit_defaults=True):
     """The result of an item: one of `hmac`, `valid` and `error`."""
 
     hmac: str | None = None
@@ -58,11 +58,11 @@ Claim = tuple[int, bytes]
 """The version and the MAC that an item of `verify` names."""
 
 
-class _Macs(Body, array_like=True):
+class _Macs(TransitBody, array_like=True):
     macs: list[bytes]
 
 
-async def generate(caller: Caller, name: str, body: Macs) -> bytes:
+async def generate(caller: TransitCaller, name: str, body: Macs) -> bytes:
     items = _items(body)
     key = await caller.found(name)  # a retired key that is remembered would still make MACs
     key.check_use(macs=True)
@@ -73,7 +73,7 @@ async def generate(caller: Caller, name: str, body: Macs) -> bytes:
     )
 
 
-async def verify(caller: Caller, name: str, body: Macs) -> bytes:
+async def verify(caller: TransitCaller, name: str, body: Macs) -> bytes:
     items = _items(body)
     claims = [_claim(item) for item in items]
 
@@ -87,7 +87,7 @@ async def verify(caller: Caller, name: str, body: Macs) -> bytes:
     return _answer(body, items, await caller.using(name, compare, at_least=newest, macs=True))
 
 
-def _items(body: Macs) -> Sequence[Item]:
+def _items(body: Macs) -> Sequence[HmacItem]:
     """The items of a request. Raises VaultError for what refuses all of them."""
     if {body.algorithm, body.hash_algorithm} - {None, "", ALGORITHM}:
         raise VaultError(f"unsupported algorithm: MACs here are of {ALGORITHM}")
@@ -100,7 +100,7 @@ def _items(body: Macs) -> Sequence[Item]:
     return body.batch_input
 
 
-def _claim(item: Item) -> Claim | VaultError:
+def _claim(item: HmacItem) -> Claim | VaultError:
     if item.signature:
         return VaultError("signatures are not offered: give the member hmac")
     claim = parsed(item.hmac, "HMAC", "verify")
@@ -129,7 +129,7 @@ def _verdict(key: TransitKey, claim: Claim | VaultError, mac: bytes | VaultError
 
 
 async def _macs(
-    caller: Caller, name: str, wanted: Sequence[tuple[str | VaultError, str | None]]
+    caller: TransitCaller, name: str, wanted: Sequence[tuple[str | VaultError, str | None]]
 ) -> list[bytes | VaultError]:
     """The MAC of each input under its key, with one request for each key. An error in place of a key stays an error."""
     results: list[bytes | VaultError] = []
@@ -153,7 +153,7 @@ async def _macs(
     return results
 
 
-def _answer(body: Macs, items: Sequence[Item], results: Sequence[str | bool | VaultError]) -> bytes:
+def _answer(body: Macs, items: Sequence[HmacItem], results: Sequence[str | bool | VaultError]) -> bytes:
     if body.batch_input is None and isinstance(results[0], VaultError):
         raise results[0]
     single = body.batch_input is None
@@ -163,9 +163,11 @@ def _answer(body: Macs, items: Sequence[Item], results: Sequence[str | bool | Va
     return envelope(shown[0] if single else {"batch_results": shown})
 
 
-def _shown(result: str | bool | VaultError, reference: str | None) -> Result:
+def _shown(result: str | bool | VaultError, reference: str | None) -> HmacResult:
     if isinstance(result, VaultError):
-        return Result(error=str(result), reference=reference)
+        return HmacResult(error=str(result), reference=reference)
     return (
-        Result(valid=result, reference=reference) if isinstance(result, bool) else Result(result, reference=reference)
+        HmacResult(valid=result, reference=reference)
+        if isinstance(result, bool)
+        else HmacResult(result, reference=reference)
     )

@@ -14,19 +14,19 @@ import msgspec
 import minikms
 from minikms.api.errors import SealedError
 from minikms.http import Response
-from minikms_gateway.transit.keyring import Caller
-from minikms_gateway.transit.wire import Body, Short, VaultError, envelope
+from minikms_gateway.transit.keyring import TransitCaller
+from minikms_gateway.transit.wire import Short, TransitBody, VaultError, envelope
 
 LOGIN_BYTES_MAX: Final = 16 * 1024
 """The size of the body of a login, which arrives before anybody is known: twice the longest token."""
 
 
-class Login(Body):
+class Login(TransitBody):
     jwt: str | None = None
     role: Short | None = None
 
 
-async def health(caller: Caller, _name: str, _body: Body) -> bytes | Response:
+async def health(caller: TransitCaller, _name: str, _body: TransitBody) -> bytes | Response:
     sealed = await _sealed(caller)
     data = {
         "initialized": True,
@@ -41,7 +41,7 @@ async def health(caller: Caller, _name: str, _body: Body) -> bytes | Response:
     return Response(503 if sealed else 200, msgspec.json.encode(data))
 
 
-async def seal_status(caller: Caller, _name: str, _body: Body) -> bytes:
+async def seal_status(caller: TransitCaller, _name: str, _body: TransitBody) -> bytes:
     sealed = await _sealed(caller)
     return msgspec.json.encode(
         {
@@ -60,7 +60,7 @@ async def seal_status(caller: Caller, _name: str, _body: Body) -> bytes:
     )
 
 
-async def _sealed(caller: Caller) -> bool:
+async def _sealed(caller: TransitCaller) -> bool:
     try:
         await caller.ready()
     except SealedError:
@@ -68,7 +68,7 @@ async def _sealed(caller: Caller) -> bool:
     return False
 
 
-async def lookup_self(caller: Caller, _name: str, _body: Body) -> bytes:
+async def lookup_self(caller: TransitCaller, _name: str, _body: TransitBody) -> bytes:
     begun, until = caller.lifetime()
     data: dict[str, Any] = {
         "accessor": "",
@@ -90,7 +90,7 @@ async def lookup_self(caller: Caller, _name: str, _body: Body) -> bytes:
     return envelope(data)
 
 
-async def login(caller: Caller, _name: str, body: Login) -> bytes:
+async def login(caller: TransitCaller, _name: str, body: Login) -> bytes:
     """The gateway has verified the token already: it is the credential of this request."""
     _, until = caller.lifetime()
     auth: dict[str, Any] = {
@@ -108,5 +108,5 @@ async def login(caller: Caller, _name: str, body: Login) -> bytes:
     return envelope(None, auth=auth)
 
 
-async def renew_self(_caller: Caller, _name: str, _body: Body) -> bytes:
+async def renew_self(_caller: TransitCaller, _name: str, _body: TransitBody) -> bytes:
     raise VaultError("lease is not renewable")

@@ -12,12 +12,12 @@ from functools import partial
 from typing import Any, Final, NamedTuple
 
 from minikms.api.errors import InvalidRequestError, KmsRefusedError
-from minikms.http import ParsedHead, Request, Response, parse_query
+from minikms.http import HttpRequest, ParsedHead, Response, parse_query
 from minikms_gateway.reasons import RefusedTokenError
 from minikms_gateway.transit import encryption, generated, keys, macs, system
-from minikms_gateway.transit.keyring import NAME, Ask, Caller, Lifetime, Remembered
+from minikms_gateway.transit.keyring import NAME, Ask, Lifetime, Remembered, TransitCaller
 from minikms_gateway.transit.system import LOGIN_BYTES_MAX, Login
-from minikms_gateway.transit.wire import Body, VaultError, decode, error_response
+from minikms_gateway.transit.wire import TransitBody, VaultError, decode, error_response
 
 API: Final = "/v1/"
 LOGIN: Final = "auth/jwt/login"
@@ -27,39 +27,43 @@ _WRITE: Final = ("POST", "PUT")
 _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 
 
-class Operation(NamedTuple):
+class TransitOperation(NamedTuple):
     """`path`: below the API or, with `{mount}`, below the mount; `{}` is a name of a key, `{count}` a number."""
 
     methods: tuple[str, ...]
     path: str
     body: type[Any]
-    run: Callable[[Caller, str, Any], Awaitable[bytes | Response]]
+    run: Callable[[TransitCaller, str, Any], Awaitable[bytes | Response]]
 
 
 OPERATIONS: Final = (
-    Operation(_WRITE, "{mount}/encrypt/{}", encryption.Records, encryption.encrypt),
-    Operation(_WRITE, "{mount}/decrypt/{}", encryption.Records, encryption.decrypt),
-    Operation(_WRITE, "{mount}/rewrap/{}", encryption.Records, encryption.rewrap),
-    Operation(_WRITE, "{mount}/datakey/plaintext/{}", generated.DataKey, partial(generated.data_key, plaintext=True)),
-    Operation(_WRITE, "{mount}/datakey/wrapped/{}", generated.DataKey, partial(generated.data_key, plaintext=False)),
-    Operation(_WRITE, "{mount}/random", generated.Random, generated.random),
-    Operation(_WRITE, "{mount}/random/{count}", generated.Random, generated.random),
-    Operation(_WRITE, "{mount}/hmac/{}", macs.Macs, macs.generate),
-    Operation(_WRITE, f"{{mount}}/hmac/{{}}/{macs.ALGORITHM}", macs.Macs, macs.generate),
-    Operation(_WRITE, "{mount}/verify/{}", macs.Macs, macs.verify),
-    Operation(_WRITE, f"{{mount}}/verify/{{}}/{macs.ALGORITHM}", macs.Macs, macs.verify),
-    Operation(("LIST",), "{mount}/keys", Body, keys.list_names),
-    Operation(_WRITE, "{mount}/keys/{}", keys.Settings, keys.create),
-    Operation(("GET",), "{mount}/keys/{}", Body, keys.read),
-    Operation(("DELETE",), "{mount}/keys/{}", Body, keys.refuse_destruction),
-    Operation(_WRITE, "{mount}/keys/{}/rotate", Body, keys.rotate),
-    Operation(_WRITE, "{mount}/keys/{}/config", keys.Settings, keys.configure),
-    Operation(_WRITE, "{mount}/keys/{}/trim", Body, keys.refuse_destruction),
-    Operation(("GET", "HEAD"), "sys/health", Body, system.health),
-    Operation(("GET",), "sys/seal-status", Body, system.seal_status),
-    Operation(("GET", *_WRITE), "auth/token/lookup-self", Body, system.lookup_self),
-    Operation(_WRITE, "auth/token/renew-self", Body, system.renew_self),
-    Operation(_WRITE, LOGIN, Login, system.login),
+    TransitOperation(_WRITE, "{mount}/encrypt/{}", encryption.Records, encryption.encrypt),
+    TransitOperation(_WRITE, "{mount}/decrypt/{}", encryption.Records, encryption.decrypt),
+    TransitOperation(_WRITE, "{mount}/rewrap/{}", encryption.Records, encryption.rewrap),
+    TransitOperation(
+        _WRITE, "{mount}/datakey/plaintext/{}", generated.DataKey, partial(generated.data_key, plaintext=True)
+    ),
+    TransitOperation(
+        _WRITE, "{mount}/datakey/wrapped/{}", generated.DataKey, partial(generated.data_key, plaintext=False)
+    ),
+    TransitOperation(_WRITE, "{mount}/random", generated.Random, generated.random),
+    TransitOperation(_WRITE, "{mount}/random/{count}", generated.Random, generated.random),
+    TransitOperation(_WRITE, "{mount}/hmac/{}", macs.Macs, macs.generate),
+    TransitOperation(_WRITE, f"{{mount}}/hmac/{{}}/{macs.ALGORITHM}", macs.Macs, macs.generate),
+    TransitOperation(_WRITE, "{mount}/verify/{}", macs.Macs, macs.verify),
+    TransitOperation(_WRITE, f"{{mount}}/verify/{{}}/{macs.ALGORITHM}", macs.Macs, macs.verify),
+    TransitOperation(("LIST",), "{mount}/keys", TransitBody, keys.list_names),
+    TransitOperation(_WRITE, "{mount}/keys/{}", keys.KeySettings, keys.create),
+    TransitOperation(("GET",), "{mount}/keys/{}", TransitBody, keys.read),
+    TransitOperation(("DELETE",), "{mount}/keys/{}", TransitBody, keys.refuse_destruction),
+    TransitOperation(_WRITE, "{mount}/keys/{}/rotate", TransitBody, keys.rotate),
+    TransitOperation(_WRITE, "{mount}/keys/{}/config", keys.KeySettings, keys.configure),
+    TransitOperation(_WRITE, "{mount}/keys/{}/trim", TransitBody, keys.refuse_destruction),
+    TransitOperation(("GET", "HEAD"), "sys/health", TransitBody, system.health),
+    TransitOperation(("GET",), "sys/seal-status", TransitBody, system.seal_status),
+    TransitOperation(("GET", *_WRITE), "auth/token/lookup-self", TransitBody, system.lookup_self),
+    TransitOperation(_WRITE, "auth/token/renew-self", TransitBody, system.renew_self),
+    TransitOperation(_WRITE, LOGIN, Login, system.login),
 )
 _TABLE: Final = {
     path: {method: entry for entry in OPERATIONS if entry.path == path for method in entry.methods}
@@ -106,7 +110,7 @@ class Transit:
         return True
 
     def answer(
-        self, who: str, request: Request, mount: str, lifetime: Callable[[], Lifetime]
+        self, who: str, request: HttpRequest, mount: str, lifetime: Callable[[], Lifetime]
     ) -> Response | Awaitable[bytes | Response]:
         try:
             _check_headers(request.head)
@@ -114,11 +118,11 @@ class Transit:
             body = decode(request.body, operation.body)
         except KmsRefusedError as error:
             return error_response(error)
-        caller = Caller(who, request.head, self._ask, self._remembered, lifetime)
+        caller = TransitCaller(who, request.head, self._ask, self._remembered, lifetime)
         return _run(operation, caller, name, body)
 
 
-async def _run(operation: Operation, caller: Caller, name: str, body: Any) -> bytes | Response:
+async def _run(operation: TransitOperation, caller: TransitCaller, name: str, body: Any) -> bytes | Response:
     try:
         return await operation.run(caller, name, body)
     except KmsRefusedError as error:
@@ -133,7 +137,7 @@ def _check_headers(head: ParsedHead) -> None:
         raise VaultError("response wrapping is not offered")
 
 
-def find(head: ParsedHead, mount: str) -> tuple[Operation, str]:
+def find(head: ParsedHead, mount: str) -> tuple[TransitOperation, str]:
     """The operation of a request, and the name in its path. Raises VaultError."""
     method = head.method
     if method == "GET" and _lists(head.query):

@@ -105,7 +105,7 @@ def envelope(data: Any, *, auth: Any = None, warning: str = "") -> bytes:
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-class Body(msgspec.Struct):
+class TransitBody(msgspec.Struct):
     """Base of bodies and answers: a `repr` shows no value. Unknown fields are ignored, and null is the same as
     absent.
     """

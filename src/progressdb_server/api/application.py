@@ -61,7 +61,7 @@ def operations(store: Conversations, metrics: ApiMetrics, more: tuple[Operation,
     )
 
 
-class Application:
+class MessageApplication:
     """Serves one store. `more` are operations beside those of the store; `on_unreadable` is called with the sentence
     about a record that can't be read, unless its key was destroyed."""
 

@@ -96,7 +96,7 @@ class LoadedVersion(msgspec.Struct, frozen=True, gc=False):
         return len(self.own.sealed) + (len(self.content.sealed) if self.content is not None else 0)
 
 
-class OpenedVersion(NamedTuple):
+class CompleteVersion(NamedTuple):
     """A version that was opened. `content`: the stamp of the version that has its content, perhaps its own; `bytes`: of
     its own sealed part. `before` as in `record.OpenedVersion`."""
 
@@ -164,7 +164,7 @@ class Reading:
         raise MessageNotFoundError
 
     @contextlib.asynccontextmanager
-    async def open_version(self, thread: str, first: bytes, stamp: bytes) -> AsyncIterator[OpenedVersion]:
+    async def open_version(self, thread: str, first: bytes, stamp: bytes) -> AsyncIterator[CompleteVersion]:
         """A long version keeps its turn during the block. Raises StoreUnavailableError, RecordUnreadableError."""
         async with self._open_one(thread, first, stamp) as (_, version):
             if isinstance(version, NotOpened):
@@ -177,7 +177,7 @@ class Reading:
     @contextlib.asynccontextmanager
     async def _open_one(
         self, thread: str, first: bytes, stamp: bytes
-    ) -> AsyncIterator[tuple[LoadedVersion, OpenedVersion | NotOpened]]:
+    ) -> AsyncIterator[tuple[LoadedVersion, CompleteVersion | NotOpened]]:
         """Opens a version like `open_version`; raises StoreUnavailableError only."""
         records = keyspace.messages(thread)
         loaded = await self._load(records, stamp, first)
@@ -265,7 +265,7 @@ class Reading:
 
     async def _open_each(
         self, thread: str, batch: Sequence[LoadedVersion], known: dict[bytes, record.OpenedVersion] | None = None
-    ) -> list[OpenedVersion | NotOpened]:
+    ) -> list[CompleteVersion | NotOpened]:
         """Opens the records in order. `known`: for a batch of one message's versions, the rest of the batch before it,
         by storage keys; it is replaced by the record that has the content of the last version. Raises
         StoreUnavailableError.
@@ -280,7 +280,7 @@ class Reading:
                 version = opened[one.key, first] = _opened(one, thread, first, answers.get(one.key))
             return version
 
-        versions: list[OpenedVersion | NotOpened] = []
+        versions: list[CompleteVersion | NotOpened] = []
         for loaded in batch:
             own = open_record(loaded.own, loaded.first)
             content = open_record(loaded.content, loaded.first) if loaded.content is not None else None
@@ -579,7 +579,7 @@ def _not_opened(loaded: LoadedVersion) -> NotOpened:
 
 def _version(
     loaded: LoadedVersion, own: record.OpenedVersion | NotOpened, content: record.OpenedVersion | NotOpened | None
-) -> OpenedVersion | NotOpened:
+) -> CompleteVersion | NotOpened:
     """`content` is the opened `loaded.content`."""
     if isinstance(own, NotOpened):
         return own
@@ -588,12 +588,12 @@ def _version(
     size = len(loaded.own.sealed)
     if content is None:
         stamp = loaded.own.key[-keyspace.STAMP_BYTES :].decode()
-        return OpenedVersion(own.message, stamp, size, own.before)
+        return CompleteVersion(own.message, stamp, size, own.before)
     try:
         message = record.with_content(own, content)
     except record.RecordFormatError:
         return NotOpened(loaded.own.key, RECORD_MALFORMED)
-    return OpenedVersion(message, own.content, size, own.before)
+    return CompleteVersion(message, own.content, size, own.before)
 
 
 def _latest(thread: str, loaded: LoadedVersion, answers: Mapping[bytes, bytes | KmsRefusedError]) -> Message:
@@ -610,10 +610,10 @@ def _latest(thread: str, loaded: LoadedVersion, answers: Mapping[bytes, bytes | 
     return _listed(thread, loaded, _version(loaded, opened, version))
 
 
-def _listed(thread: str, loaded: LoadedVersion, version: OpenedVersion | NotOpened) -> Message:
+def _listed(thread: str, loaded: LoadedVersion, version: CompleteVersion | NotOpened) -> Message:
     """What a list shows. Of a version that does not open, nothing but its header, which is not verified. Raises
     RecordUnreadableError if the index is malformed."""
-    if isinstance(version, OpenedVersion):
+    if isinstance(version, CompleteVersion):
         return version.message
     header = loaded.own.header
     try:

@@ -458,7 +458,7 @@ class RegisteredBackup(msgspec.Struct, omit_defaults=True):
         return False
 
 
-class Database(msgspec.Struct):
+class DatabaseReport(msgspec.Struct):
     """What a command has found of the database of a store."""
 
     schema: int

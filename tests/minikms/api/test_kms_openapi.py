@@ -97,7 +97,7 @@ def test_base64_of_a_batch_is_bin_in_messagepack() -> None:
     for verb in (verb for verb in api.VERBS if verb.is_batch):
         [items] = [field for field in msgspec.structs.fields(verb.request) if field.name == "items"]
         for kind in (verb.request, *get_args(items.type)):
-            properties = schemas[kind.__name__]["properties"]
+            properties = schemas[kind.__name__.replace("ItemRequest", "Item")]["properties"]
             for field in msgspec.structs.fields(api.array_form(kind)):
                 is_base64 = "A-Za-z0-9+/" in properties[field.name].get("pattern", "")
                 assert is_base64 == (bytes in (field.type, *get_args(field.type))), field.name

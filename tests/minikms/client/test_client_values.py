@@ -41,7 +41,7 @@ def test_the_daemon_reads_an_item_as_it_was_given() -> None:
     body = make_call(api.ENCRYPT_BATCH, Batch([asked])).body
     assert body is not None
     [item] = msgspec.json.decode(body, type=api.EncryptBatchRequest).items
-    assert item == api.EncryptItem(key_id=KEY, plaintext="//4=", aad="YQ==", thread_id="t")
+    assert item == api.EncryptItemRequest(key_id=KEY, plaintext="//4=", aad="YQ==", thread_id="t")
     assert msgspec.json.encode(EncryptItem(key_id="k", plaintext=b"")) == b'{"key_id":"k","plaintext":""}'
 
 
@@ -175,7 +175,7 @@ def read_check(body: bytes, count: int) -> list[errors.KmsRefusedError | None]:
 def test_the_daemon_reads_a_check_as_it_was_asked() -> None:
     """An absent thread is absent."""
     items = [ReencryptItem(ciphertext=b"\xff\xfe", aad=b"a"), ReencryptItem(ciphertext=b"")]
-    asked = [api.ReencryptItem("//4=", "YQ=="), api.ReencryptItem("")]
+    asked = [api.ReencryptItemRequest("//4=", "YQ=="), api.ReencryptItemRequest("")]
     for thread_id in ("t", ""):
         body = make_call(api.CHECK_BATCH, CheckBatch(KEY, items, thread_id)).body
         assert body is not None
@@ -295,7 +295,7 @@ SECRET = b"sixteen secret b"
 
 def test_nothing_that_carries_a_secret_shows_it() -> None:
     hexadecimal, base64_text = "ab" * 32, "c2l4dGVlbiBzZWNyZXQgYg=="
-    item = api.EncryptItem(key_id=KEY, plaintext=base64_text)
+    item = api.EncryptItemRequest(key_id=KEY, plaintext=base64_text)
     sample = DecryptItem(key_id=KEY, ciphertext=SECRET)
     shown = repr(
         [

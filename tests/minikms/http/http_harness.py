@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import uvloop
 
 from minikms.api.errors import ConflictError, UnauthorizedError
-from minikms.http import LIMITS, GroupFull, HttpServer, Limits, Link, ParsedHead, Request, Response, parse_query
+from minikms.http import LIMITS, GroupFull, HttpRequest, HttpServer, Limits, Link, ParsedHead, Response, parse_query
 from minikms.http.limits import RefusedError
 from minikms.http.reader import RequestReader, Shared
 
@@ -74,7 +74,7 @@ class EchoApp:
             return Response(401, b'{"error":"no","code":"unauthorized"}')
         return None
 
-    def handle(self, session: Session, request: Request) -> bytes | Response | Awaitable[bytes | Response]:
+    def handle(self, session: Session, request: HttpRequest) -> bytes | Response | Awaitable[bytes | Response]:
         body = bytes(request.body)
         self.seen.append((request.method, request.path, body))
         match request.path:
@@ -141,7 +141,7 @@ class EchoApp:
         session.closed = True
 
 
-def echo(request: Request, body: bytes) -> bytes:
+def echo(request: HttpRequest, body: bytes) -> bytes:
     """What the engine understood, as JSON."""
     return json.dumps(
         {

@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 
 import pytest
 
-from minikms.http import LIMITS, Request, Response
+from minikms.http import LIMITS, HttpRequest, Response
 from tests.minikms.http.http_harness import Peer, Session, get, post, request, serving
 
 pytestmark = pytest.mark.uvloop
@@ -154,7 +154,7 @@ async def test_another_application_takes_over_the_open_connections() -> None:
         while not former.running:
             await asyncio.sleep(0)
 
-        def handle_and_replace(session: Session, request: Request) -> bytes:
+        def handle_and_replace(session: Session, request: HttpRequest) -> bytes:
             running.http.replace_app(app, instead)
             return b"{}"
 
@@ -181,7 +181,7 @@ async def test_answers_that_wait_for_the_end_of_the_turn_are_replaced() -> None:
         app = type(running.app)()
         seen = running.app.seen
 
-        def handle(session: Session, request: Request) -> bytes:
+        def handle(session: Session, request: HttpRequest) -> bytes:
             seen.append(("", "", b""))
             if len(seen) == 2:
                 running.http.replace_app(app, instead)
@@ -223,7 +223,7 @@ async def test_the_answers_of_a_turn_leave_before_another_request_begins() -> No
         large, other = await running.peer(), await running.peer()
         handle, there = running.app.handle, []
 
-        def look_and_handle(session: Session, request: Request) -> bytes | Response | Awaitable[bytes | Response]:
+        def look_and_handle(session: Session, request: HttpRequest) -> bytes | Response | Awaitable[bytes | Response]:
             if request.query == "next":
                 there.append(has_input(other))
             return handle(session, request)

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvloop
 
-from minikms.http import HttpServer, ParsedHead, Request, Response
+from minikms.http import HttpRequest, HttpServer, ParsedHead, Response
 
 KEPT: list[bytes] = []
 
@@ -31,7 +31,7 @@ class InPlace:
     def admit(self, session: InPlace, head: ParsedHead) -> Response | None:
         return None
 
-    def handle(self, session: InPlace, request: Request) -> bytes:
+    def handle(self, session: InPlace, request: HttpRequest) -> bytes:
         if request.path == "/copy":
             KEPT.append(bytes(request.body))
         return b"%d" % sum(request.body)

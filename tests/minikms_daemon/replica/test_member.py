@@ -22,7 +22,7 @@ from minikms.api.errors import (
 from minikms.audit import Event
 from minikms.custody.replica_file import Mark
 from minikms_daemon.replica import member as members
-from minikms_daemon.replica.member import Member
+from minikms_daemon.replica.member import ReplicaMember
 from minikms_daemon.server.settings import UNKNOWN_BUILD
 
 LEASE_NS = api.LEASE_SECONDS * 1_000_000_000
@@ -101,7 +101,7 @@ class World:
             settings=SimpleNamespace(opening=SimpleNamespace(pin=None), build=UNKNOWN_BUILD),
             on_internal_error=self.steps.append,
         )
-        self.member = Member(cast(Any, self), cast(Any, process), mark, keyring_id="kr_1", sealed_as=0)
+        self.member = ReplicaMember(cast(Any, self), cast(Any, process), mark, keyring_id="kr_1", sealed_as=0)
         self.member.opened(cast(Any, self.parts))
 
     def _step(self, name: str) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.http import Request, Response
+from minikms.http import HttpRequest, Response
 from minikms.roots.providers import KeyFile
 from minikms_daemon.seal.unlocking import Unlocking
 from minikms_daemon.server import lease as leases
@@ -66,7 +66,7 @@ async def test_no_answer_leaves_after_the_end(ends: str, monkeypatch: pytest.Mon
         def end_of_lease() -> None:
             clock[0] = 30 * SECOND_NS
 
-        def handle_and_end(session: Session, request: Request) -> bytes | Response | Awaitable[bytes | Response]:
+        def handle_and_end(session: Session, request: HttpRequest) -> bytes | Response | Awaitable[bytes | Response]:
             if ends == "in the request" and request.path == "/echo":
                 end_of_lease()
             return handle(session, request)

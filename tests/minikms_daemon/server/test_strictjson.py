@@ -13,7 +13,7 @@ from minikms import api
 from minikms.api.errors import InvalidRequestError
 from minikms_daemon.server import strictjson
 
-ITEM = msgspec.json.Decoder(api.EncryptItem)
+ITEM = msgspec.json.Decoder(api.EncryptItemRequest)
 BATCH = msgspec.json.Decoder(api.EncryptBatchRequest)
 CREATE = msgspec.json.Decoder(api.CreateDekRequest)
 
@@ -24,9 +24,9 @@ class Mixed(api.Request):
     name: str
     count: int | UnsetType = UNSET
     flag: bool | UnsetType | None = UNSET
-    items: list[api.EncryptItem] | UnsetType = UNSET
+    items: list[api.EncryptItemRequest] | UnsetType = UNSET
     words: list[str] | UnsetType = UNSET
-    inner: api.DecryptItem | UnsetType = UNSET
+    inner: api.DecryptItemRequest | UnsetType = UNSET
 
 
 MIXED = msgspec.json.Decoder(Mixed)

@@ -63,15 +63,15 @@ def _as_json(value: Any) -> Any:
 def _as_array(kind: type[msgspec.Struct], value: dict[str, Any], cut: bool) -> list[Any]:
     """The rule of docs/spec/api.md. `cut`: absent members at the end are left out, not nil."""
     item: dict[str, type[msgspec.Struct]] = {
-        "EncryptBatchRequest": api.EncryptItem,
-        "DecryptBatchRequest": api.DecryptItem,
-        "MacRequest": api.MacItem,
+        "EncryptBatchRequest": api.EncryptItemRequest,
+        "DecryptBatchRequest": api.DecryptItemRequest,
+        "MacRequest": api.MacItemRequest,
     }
     members: list[Any] = []
     for name in kind.__struct_fields__:
         member = value.get(name)
         if name == "items":
-            inner = item.get(kind.__name__, api.ReencryptItem)
+            inner = item.get(kind.__name__, api.ReencryptItemRequest)
             member = [_as_array(inner, one, cut) for one in value[name]]
         members.append(member)
     while cut and members and members[-1] is None:

@@ -19,7 +19,7 @@ from minikms.memory.arena import SecretArena
 from minikms.platform import files
 from minikms.policy import ROLES, policy
 from minikms_daemon import rotation
-from minikms_daemon.server.application import Application
+from minikms_daemon.server.application import KeyApplication
 from tests.harness import garbage, in_process
 
 FAULT_FILE: Final = "FAULT_FILE"
@@ -52,7 +52,7 @@ class Disk:
 def install() -> None:
     vars(files)["os"] = Disk()  # the seam of the fault
     vars(root_slots)["REMOVALS_HOUR_MAX"] = 10_000
-    allocate, run, handle = SecretArena.allocate, rotation.KekRotation.run, Application.handle
+    allocate, run, handle = SecretArena.allocate, rotation.KekRotation.run, KeyApplication.handle
 
     def allocated(arena: SecretArena) -> Any:
         if fault() == ARENA:
@@ -69,7 +69,7 @@ def install() -> None:
             await asyncio.sleep(0.5)
         return b"{}"
 
-    def handled(application: Application, *given: Any) -> Any:
+    def handled(application: KeyApplication, *given: Any) -> Any:
         if fault() == HELD:
             return held()
         if fault() == GARBAGE:
@@ -80,7 +80,7 @@ def install() -> None:
 
     SecretArena.allocate = allocated  # type: ignore[assignment]  # the seam of the fault, as the next ones
     rotation.KekRotation.run = ran  # type: ignore[assignment]  # as above
-    Application.handle = handled  # type: ignore[assignment]  # as above
+    KeyApplication.handle = handled  # type: ignore[assignment]  # as above
     if ROLELESS in os.environ:
         policy.ADMIN_ONLY = ROLES  # type: ignore[misc]  # final in production
 

@@ -32,7 +32,7 @@ from tests.minikms_daemon.service.limiting import EVERYBODY, MINE, b64, grant, i
 
 
 async def sealed(made: Limited, who: Principal, key_id: str) -> str:
-    return str((await made.ask(who, api.ENCRYPT, api.EncryptItem(key_id, b64())))["ciphertext"])
+    return str((await made.ask(who, api.ENCRYPT, api.EncryptItemRequest(key_id, b64())))["ciphertext"])
 
 
 # --- the same work for a key out of scope as for an unknown one -------------------------------------------------------
@@ -74,7 +74,7 @@ async def test_the_thread_in_the_authenticated_record_decides(tmp_path: Path) ->
         made.one.vault.index.put(msgspec.structs.replace(record, thread_id="mine-1"))
         who = made.who(3)
         for verb, request in (
-            (api.ENCRYPT, api.EncryptItem(foreign, b64())),
+            (api.ENCRYPT, api.EncryptItemRequest(foreign, b64())),
             (api.GET_WRAPPED, api.KeyRequest(foreign)),
             (api.GET_KEY, api.KeyRequest(foreign)),
         ):
@@ -92,13 +92,13 @@ async def test_limited_principals_wait_while_key_files_are_read(tmp_path: Path) 
         made.access.indexing = indexing
         for key_id in (mine, NO_KEY):
             with pytest.raises(KeysNotReadError, match="try again") as refused:
-                await made.ask(made.who(1), api.ENCRYPT, api.EncryptItem(key_id, b64()))
+                await made.ask(made.who(1), api.ENCRYPT, api.EncryptItemRequest(key_id, b64()))
             assert (refused.value.status, refused.value.retry_after_s) == (503, api.INDEXING_RETRY_SECONDS)
-        assert await made.ask(made.who(2), api.ENCRYPT, api.EncryptItem(mine, b64())), "every thread is granted"
+        assert await made.ask(made.who(2), api.ENCRYPT, api.EncryptItemRequest(mine, b64())), "every thread is granted"
         with pytest.raises(KeyNotFoundError):
-            await made.ask(made.who(2), api.ENCRYPT, api.EncryptItem(NO_KEY, b64()))
+            await made.ask(made.who(2), api.ENCRYPT, api.EncryptItemRequest(NO_KEY, b64()))
         await indexing.run()
-        assert await made.ask(made.who(1), api.ENCRYPT, api.EncryptItem(mine, b64()))
+        assert await made.ask(made.who(1), api.ENCRYPT, api.EncryptItemRequest(mine, b64()))
 
 
 async def test_the_index_takes_no_threads_after_its_first_key(tmp_path: Path) -> None:
@@ -121,10 +121,12 @@ async def test_a_batch_is_charged_as_a_whole_or_not_at_all(tmp_path: Path) -> No
         who = made.who(1)
         [a], [b] = await made.one.make(1, "a-1"), await made.one.make(1, "b-1")
         text = {key_id: await sealed(made, who, key_id) for key_id in (a, b)}
-        await made.ask(who, api.DECRYPT, api.DecryptItem(b, text[b]))
+        await made.ask(who, api.DECRYPT, api.DecryptItemRequest(b, text[b]))
 
         def batch(*key_ids: str) -> api.DecryptBatchRequest:
-            return api.DecryptBatchRequest([api.DecryptItem(key_id, text.get(key_id, text[a])) for key_id in key_ids])
+            return api.DecryptBatchRequest(
+                [api.DecryptItemRequest(key_id, text.get(key_id, text[a])) for key_id in key_ids]
+            )
 
         with pytest.raises(TooManyError, match="more items than decrypts_per_hour allows"):
             await made.ask(who, api.DECRYPT_BATCH, batch(*[a] * 5, *[b] * 5))
@@ -136,7 +138,7 @@ async def test_a_batch_is_charged_as_a_whole_or_not_at_all(tmp_path: Path) -> No
         answer = await made.ask(who, api.DECRYPT_BATCH, batch(*[a] * 5))
         assert len(answer["items"]) == 5, "what was refused was not charged, and neither were unknown keys"
         with pytest.raises(LimitExceededError):
-            await made.ask(who, api.DECRYPT, api.DecryptItem(a, text[a]))
+            await made.ask(who, api.DECRYPT, api.DecryptItemRequest(a, text[a]))
         assert await sealed(made, who, a), "other verbs go on"
 
 
@@ -145,10 +147,10 @@ async def test_failed_items_are_charged_and_a_re_encryption_once_for_both_roles(
         who = made.who(1)
         first, second = await made.one.make(2, "a-1")
         text = await sealed(made, who, first)
-        items = [api.ReencryptItem(text)] * 3
+        items = [api.ReencryptItemRequest(text)] * 3
         answer = await made.ask(who, api.REENCRYPT_BATCH, api.ReencryptBatchRequest(first, second, items))
         assert len(answer["items"]) == 3
-        damaged = [api.ReencryptItem(b64(bytes(40)))] * 3
+        damaged = [api.ReencryptItemRequest(b64(bytes(40)))] * 3
         assert (await made.ask(who, api.CHECK_BATCH, api.CheckBatchRequest(first, damaged)))["opened"] == 0
         for verb, request in (
             (api.CHECK_BATCH, api.CheckBatchRequest(first, damaged[:1])),
@@ -158,9 +160,9 @@ async def test_failed_items_are_charged_and_a_re_encryption_once_for_both_roles(
                 await made.ask(who, verb, request)
         for _ in range(10):
             with pytest.raises(KmsRefusedError, match="does not open"):
-                await made.ask(who, api.DECRYPT, api.DecryptItem(first, b64(bytes(40))))
+                await made.ask(who, api.DECRYPT, api.DecryptItemRequest(first, b64(bytes(40))))
         with pytest.raises(LimitExceededError):
-            await made.ask(who, api.DECRYPT, api.DecryptItem(first, text))
+            await made.ask(who, api.DECRYPT, api.DecryptItemRequest(first, text))
         assert len(made.limited) == 3, "counted instead of a line each"
         assert not any(event.outcome == "limit_exceeded" for event in made.audit.events)
         assert made.refusals["decrypts_per_hour"] == 1 and made.refusals["reencrypts_per_hour"] == 2
@@ -237,8 +239,8 @@ async def test_a_destruction_can_be_repeated_and_completed(tmp_path: Path, monke
             assert not made.one.file(key_id).exists()
         with pytest.raises(KeyNotFoundError):
             await made.ask(other, api.DESTROY_KEY, request)
-        assert outcome(made, who, api.ENCRYPT, api.EncryptItem(key_id, b64())).startswith("key_destroyed")
-        assert outcome(made, other, api.ENCRYPT, api.EncryptItem(key_id, b64())).startswith("key_not_found")
+        assert outcome(made, who, api.ENCRYPT, api.EncryptItemRequest(key_id, b64())).startswith("key_destroyed")
+        assert outcome(made, other, api.ENCRYPT, api.EncryptItemRequest(key_id, b64())).startswith("key_not_found")
 
 
 # --- the policy changes while a request waits -------------------------------------------------------------------------

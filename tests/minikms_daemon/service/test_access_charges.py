@@ -18,7 +18,7 @@ async def test_a_batch_without_the_role_is_charged_and_leaves_no_ids(tmp_path: P
     """Otherwise 1,024 ids of 128 characters go into the audit log, as often as somebody likes."""
     policy = grant(1, '["mine-*"]', '["monitor"]', ONE_A_SECOND)
     async with limited(tmp_path / "d", policy) as made:
-        batch = api.DecryptBatchRequest([api.DecryptItem(NO_KEY, b64(), request_id="r" * 128)] * 3)
+        batch = api.DecryptBatchRequest([api.DecryptItemRequest(NO_KEY, b64(), request_id="r" * 128)] * 3)
         answer = await made.ask(made.who(1), api.DECRYPT_BATCH, batch)
         assert [item["code"] for item in answer["items"]] == ["forbidden"] * 3
         [event] = made.audit.events
@@ -35,7 +35,7 @@ async def test_a_refused_request_costs_the_same_work_for_any_batch(tmp_path: Pat
         ids = [f"k_{number:026d}" for number in range(200)]
 
         def batch(count: int) -> api.DecryptBatchRequest:
-            return api.DecryptBatchRequest([api.DecryptItem(key_id, b64()) for key_id in ids[:count]])
+            return api.DecryptBatchRequest([api.DecryptItemRequest(key_id, b64()) for key_id in ids[:count]])
 
         assert len((await made.ask(who, api.DECRYPT_BATCH, batch(2)))["items"]) == 2
         assert made.refusals["unknown_key"] == 2

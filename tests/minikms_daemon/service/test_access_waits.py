@@ -104,17 +104,17 @@ async def test_no_key_is_used_before_the_file_of_the_limits_is_durable(
     async with limited(tmp_path / "d", OTHERS + policy, keep=keep) as made:
         [key_id] = await made.one.make(1)
         who = made.who(1)
-        sealed = await made.ask(who, api.ENCRYPT, api.EncryptItem(key_id, ""))
-        item = api.DecryptItem(key_id, sealed["ciphertext"])
+        sealed = await made.ask(who, api.ENCRYPT, api.EncryptItemRequest(key_id, ""))
+        item = api.DecryptItemRequest(key_id, sealed["ciphertext"])
         made.one.vault.cache.clear()
         waiting = asyncio.create_task(
             made.ask(who, api.DECRYPT_BATCH, api.DecryptBatchRequest([item]))
             if batch
-            else made.ask(who, api.DECRYPT, api.DecryptItem(key_id, sealed["ciphertext"]))
+            else made.ask(who, api.DECRYPT, api.DecryptItemRequest(key_id, sealed["ciphertext"]))
         )
         await begun.wait()
         assert len(made.one.vault.cache) == 0
-        await made.ask(who, api.ENCRYPT, api.EncryptItem(key_id, ""))
+        await made.ask(who, api.ENCRYPT, api.EncryptItemRequest(key_id, ""))
         made.one.vault.cache.clear()
         if meanwhile == "a policy without the role":
             made.change(OTHERS)
@@ -134,10 +134,10 @@ async def test_a_change_between_two_slices_of_a_batch_withholds_its_plaintext(
     reader = OTHERS + '[[grant]]\nprincipals = ["uid:1"]\nroles = ["encrypt", "decrypt"]\nthreads = ["*"]\n'
     async with limited(tmp_path / "d", reader) as made:
         who, vault = made.who(1), made.one.vault
-        items = [api.EncryptItem(key_id=key_id, plaintext="") for key_id in await made.one.make(3)]
+        items = [api.EncryptItemRequest(key_id=key_id, plaintext="") for key_id in await made.one.make(3)]
         sealed = (await made.ask(who, api.ENCRYPT_BATCH, api.EncryptBatchRequest(items)))["items"]
         vault.cache.clear()
-        again = [api.DecryptItem(a.key_id, b["ciphertext"]) for a, b in zip(items, sealed, strict=True)]
+        again = [api.DecryptItemRequest(a.key_id, b["ciphertext"]) for a, b in zip(items, sealed, strict=True)]
         going = asyncio.ensure_future(made.ask(who, api.DECRYPT_BATCH, api.DecryptBatchRequest(again)))
         await asyncio.sleep(0)
         made.change(OTHERS)

@@ -218,8 +218,8 @@ def test_a_policy_charges_both_alike(tmp_path: Path) -> None:
             array = [[[key, sealed]] * 4] if verb is api.DECRYPT_BATCH else [key, [[sealed]] * 4]
             return strictmsgpack.Decoder(verb.request).decode(msgspec.msgpack.encode(array))
         if verb is api.DECRYPT_BATCH:
-            return api.DecryptBatchRequest([api.DecryptItem(key, b64(sealed))] * 4)
-        return api.CheckBatchRequest(key, [api.ReencryptItem(b64(sealed))] * 4)
+            return api.DecryptBatchRequest([api.DecryptItemRequest(key, b64(sealed))] * 4)
+        return api.CheckBatchRequest(key, [api.ReencryptItemRequest(b64(sealed))] * 4)
 
     async def made_until_refused(directory: Path, verb: Verb[Any, Any], *, msgpack: bool) -> tuple[int, list[Any]]:
         async with limited(directory, grant(1, '["*"]', more=limits)) as made:

@@ -152,7 +152,7 @@ def test_its_batches_and_seconds_are_in_the_metrics(daemon: LiveDaemon) -> None:
 async def test_without_the_role_the_whole_is_refused(tmp_path: Path) -> None:
     async with opened_vault(tmp_path / "d") as one:
         [key_id] = await one.make(1)
-        request = api.CheckBatchRequest(key_id, [api.ReencryptItem("")])
+        request = api.CheckBatchRequest(key_id, [api.ReencryptItemRequest("")])
         table = VerbTable(SilentAudit())
         service.RecordVerbs(one.vault, table)
         with pytest.raises(ForbiddenError):
@@ -185,11 +185,11 @@ async def test_no_plaintext_becomes_an_object_and_its_buffer_is_zeroed(
         table = VerbTable(SilentAudit())
         service.RecordVerbs(one.vault, table)
         texts = [b64(b"secret words %d" % number) for number in range(12)]
-        asked = api.EncryptBatchRequest([api.EncryptItem(key_id, text) for text in texts])
+        asked = api.EncryptBatchRequest([api.EncryptItemRequest(key_id, text) for text in texts])
         sealed = table[api.ENCRYPT_BATCH](ANYONE, asked, "")
         body = await sealed if isinstance(sealed, Awaitable) else sealed
         assert isinstance(body, bytes)
-        items = [api.ReencryptItem(item["ciphertext"]) for item in json.loads(body)["items"]]
+        items = [api.ReencryptItemRequest(item["ciphertext"]) for item in json.loads(body)["items"]]
         one.vault.record_keys.end_turn()
         monkeypatch.setattr(records, "AESGCM", Watched)
         answer = table[api.CHECK_BATCH](ANYONE, api.CheckBatchRequest(key_id, items), "")

@@ -26,7 +26,9 @@ async def test_a_mac_is_that_of_the_key_in_the_file(tmp_path: Path) -> None:
         key_id = (await create(one.vault, "t", purpose="mac")).id
         table = VerbTable(SilentAudit())
         RecordVerbs(one.vault, table)
-        request = api.MacRequest(key_id, [api.MacItem(b64(b"text"), b64(b"place")), api.MacItem(b64(b"text"))])
+        request = api.MacRequest(
+            key_id, [api.MacItemRequest(b64(b"text"), b64(b"place")), api.MacItemRequest(b64(b"text"))]
+        )
         with pytest.raises(ForbiddenError):
             table[api.MAC](msgspec.structs.replace(ANYONE, roles=ROLES - {"encrypt"}), request, "")
         alone = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role](["encrypt"]))

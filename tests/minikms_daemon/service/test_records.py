@@ -203,20 +203,20 @@ async def test_reencryption_and_batches_work_however_few_keys_stay_open(tmp_path
         old, new, *others = await one.make(6)
 
         async def encrypted_batch(*key_ids: str) -> list[dict[str, str]]:
-            items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
+            items = [api.EncryptItemRequest(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
             return await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), ""))
 
         [sealed] = await encrypted_batch(old)
         for _ in range(3):
             await encrypted_batch(*others[:cache])
-            request = api.ReencryptBatchRequest(old, new, [api.ReencryptItem(sealed["ciphertext"])])
+            request = api.ReencryptBatchRequest(old, new, [api.ReencryptItemRequest(sealed["ciphertext"])])
             [moved] = await items_of(table[api.REENCRYPT_BATCH](ANYONE, request, ""))
-            item = api.DecryptItem(new, moved["ciphertext"])
+            item = api.DecryptItemRequest(new, moved["ciphertext"])
             [opened] = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest([item]), ""))
             assert opened == {"plaintext": TEXT}
         key_ids = (old, new, *others) * 20
         back = [
-            api.DecryptItem(key_id, item["ciphertext"])
+            api.DecryptItemRequest(key_id, item["ciphertext"])
             for key_id, item in zip(key_ids, await encrypted_batch(*key_ids), strict=True)
         ]
         opened_items = await items_of(table[api.DECRYPT_BATCH](ANYONE, api.DecryptBatchRequest(back), ""))
@@ -234,12 +234,14 @@ async def test_a_batch_that_opens_keys_gives_way_and_then_opens_them_anew(
         audit = KeptAudit()
         table = VerbTable(audit)
         RecordVerbs(one.vault, table)
-        plain = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
+        plain = [api.EncryptItemRequest(key_id=key_id, plaintext=TEXT) for key_id in key_ids]
         sealed = await items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(plain), ""))
         request: Any = api.EncryptBatchRequest(plain)
         if verb is api.DECRYPT_BATCH:
             items = zip(key_ids, sealed, strict=True)
-            request = api.DecryptBatchRequest([api.DecryptItem(key_id, one["ciphertext"]) for key_id, one in items])
+            request = api.DecryptBatchRequest(
+                [api.DecryptItemRequest(key_id, one["ciphertext"]) for key_id, one in items]
+            )
         assert not isinstance(table[verb](ANYONE, request, ""), Awaitable)
         one.vault.cache.clear()
         audit.events = []
@@ -271,7 +273,7 @@ async def test_a_batch_that_is_cancelled_between_two_slices_has_its_line(
         audit = KeptAudit()
         table = VerbTable(audit)
         RecordVerbs(one.vault, table)
-        items = [api.EncryptItem(key_id=key_id, plaintext=TEXT) for key_id in await one.make(3)]
+        items = [api.EncryptItemRequest(key_id=key_id, plaintext=TEXT) for key_id in await one.make(3)]
         one.vault.cache.clear()
         going = asyncio.ensure_future(items_of(table[api.ENCRYPT_BATCH](ANYONE, api.EncryptBatchRequest(items), "")))
         await asyncio.sleep(0)
@@ -286,7 +288,7 @@ async def test_a_batch_without_the_role_is_refused_by_item(tmp_path: Path) -> No
         [key_id] = await one.make(1)
         table = record_verbs(one)
         roleless = msgspec.structs.replace(ANYONE, roles=frozenset[api.Role]())
-        request = api.EncryptBatchRequest([api.EncryptItem(key_id=key_id, plaintext=TEXT)] * 2)
+        request = api.EncryptBatchRequest([api.EncryptItemRequest(key_id=key_id, plaintext=TEXT)] * 2)
         answer = await items_of(table[api.ENCRYPT_BATCH](roleless, request, ""))
         assert [item["code"] for item in answer] == ["forbidden"] * 2
 
@@ -323,7 +325,7 @@ async def test_each_encryption_has_a_line_about_its_own_caller_and_request(tmp_p
             (last, {}, "", "ok"),
             (ANYONE, {}, "", "ok"),
         ):
-            asked = api.EncryptItem(**{"key_id": key_id, "plaintext": TEXT} | item)
+            asked = api.EncryptItemRequest(**{"key_id": key_id, "plaintext": TEXT} | item)
             try:
                 answer = table[api.ENCRYPT](who, asked, request_id)
             except KmsRefusedError as error:

@@ -7,10 +7,10 @@ import pytest
 from minikms.http import LIMITS
 from minikms.http.head import parse_head
 from minikms_gateway.transit import keyring
-from minikms_gateway.transit.keyring import NAME, VERSIONS_MAX, Caller, Remembered, TransitKey, Version
+from minikms_gateway.transit.keyring import NAME, VERSIONS_MAX, Remembered, TransitCaller, TransitKey, Version
 from minikms_gateway.transit.keys import rotate
 from minikms_gateway.transit.table import OPERATIONS, find
-from minikms_gateway.transit.wire import Body, VaultError
+from minikms_gateway.transit.wire import TransitBody, VaultError
 
 
 def key(name: str = "k", *numbers: int) -> TransitKey:
@@ -53,7 +53,7 @@ def test_what_is_remembered_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None
     assert remembered.get("a", "large") is None
 
 
-class Full(Caller):
+class Full(TransitCaller):
     """Of a key that has every version it may have."""
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class Full(Caller):
 async def test_a_key_gets_no_version_that_would_not_be_listed() -> None:
     """With one more, no request could find any of its versions."""
     with pytest.raises(VaultError, match="at most 8000 versions"):
-        await rotate(Full(), "k", Body())
+        await rotate(Full(), "k", TransitBody())
 
 
 @pytest.mark.parametrize("name", ["a", "A-b_c.d", "_", "0", "a" * 120])

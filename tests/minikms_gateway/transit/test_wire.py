@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from minikms import api
 from minikms.api.errors import KeyNotFoundError, LimitExceededError, SealedError, UnauthorizedError, WrongThreadError
 from minikms_gateway.transit import wire
-from minikms_gateway.transit.encryption import Records, Result
+from minikms_gateway.transit.encryption import RecordResult, Records
 from minikms_gateway.transit.generated import DataKey
-from minikms_gateway.transit.keys import Settings
+from minikms_gateway.transit.keys import KeySettings
 from minikms_gateway.transit.system import Login
 from minikms_gateway.transit.wire import VaultError, bound, decode, decode_base64, encode_base64, error_response
 
@@ -28,7 +28,7 @@ def test_an_empty_body_null_and_unknown_fields_say_nothing(body: bytes) -> None:
 def test_what_holds_a_plaintext_or_a_token_does_not_show_it() -> None:
     body = b'{"plaintext":"s3cret","jwt":"s3cret","batch_input":[{"plaintext":"s3cret"}]}'
     records = decode(body, Records)
-    shown = [records, records.batch_input, Result("s3cret"), decode(body, Login), decode(body, DataKey)]
+    shown = [records, records.batch_input, RecordResult("s3cret"), decode(body, Login), decode(body, DataKey)]
     assert "s3cret" not in repr(shown)
 
 
@@ -39,7 +39,7 @@ def test_a_number_may_be_a_text(value: object) -> None:
 
 @pytest.mark.parametrize("value", ["true", True, 1])
 def test_a_truth_may_be_a_text(value: object) -> None:
-    assert decode(json.dumps({"derived": value}).encode(), Settings).derived is True
+    assert decode(json.dumps({"derived": value}).encode(), KeySettings).derived is True
 
 
 @pytest.mark.parametrize(
@@ -114,6 +114,6 @@ def test_refusals_have_the_texts_and_statuses_of_vault() -> None:
 )  # fmt: skip
 def test_a_setting_that_is_not_offered_is_refused(given: dict[str, object]) -> None:
     with pytest.raises(VaultError):
-        decode(json.dumps(given).encode(), Settings).check()
+        decode(json.dumps(given).encode(), KeySettings).check()
     nothing = {"convergent_encryption": False, "exportable": False, "type": "aes256-gcm96", "auto_rotate_period": "0"}
-    decode(json.dumps(nothing).encode(), Settings).check()
+    decode(json.dumps(nothing).encode(), KeySettings).check()

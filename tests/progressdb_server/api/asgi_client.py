@@ -15,7 +15,7 @@ from urllib.parse import unquote
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from progressdb_server.api.application import Application
+from progressdb_server.api.application import MessageApplication
 from progressdb_server.api.gate.access import AccessControl
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.config import ApiKeys, RateLimit, Security
@@ -61,7 +61,7 @@ class Api:
         self.security = msgspec.structs.replace(security, **replaced)
         self.metrics = ApiMetrics(CollectorRegistry())
         access = AccessControl(self.security, proxies)
-        self.application = Application(self.store, access, self.metrics, clock=lambda: self.now_s)
+        self.application = MessageApplication(self.store, access, self.metrics, clock=lambda: self.now_s)
 
     def __call__(
         self,

@@ -32,7 +32,7 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.routes.table import Resource
 from progressdb_server.api.routes.threads import SLUG_TOO_LONG, TITLE_TOO_LONG
-from progressdb_server.api.viewer.audit import Auditor
+from progressdb_server.api.viewer.audit import AuditorClient
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.config import RateLimit
 from progressdb_server.conversations import membership
@@ -73,7 +73,7 @@ def whole_table() -> tuple[Operation, ...]:
     store: Any = SimpleNamespace(engine=None)
     readiness = Readiness(store, jobs, KmsMetrics())
     metrics = ApiMetrics(CollectorRegistry())
-    auditor = Auditor(config.ViewerSection())
+    auditor = AuditorClient(config.ViewerSection())
     viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, auditor=auditor, secure=False)
     ready = readiness_routes.operations(readiness)
     more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())

@@ -13,7 +13,7 @@ import pytest
 from minikms.api.audit_questions import LINES_MAX, AuditQuestion
 from minikms_auditor.auditor import Status
 from progressdb_server import config
-from progressdb_server.api.viewer.audit import Auditor, AuditorError
+from progressdb_server.api.viewer.audit import AuditorClient, AuditorError
 from tests import needs
 from tests.harness.waiting import listens
 from tests.minikms_auditor.asking import beside
@@ -77,7 +77,7 @@ def test_a_thread_leads_to_who_read_it_and_a_line_to_its_proof(
         page = inside("/viewer/audit?thread=nobody").text
         assert "No lines match." in page and "may be missing" in page
     with auditor(Status(origin="o", vkeys=(), alarm="the log is not intact")):
-        assert asyncio.run(Auditor(config.ViewerSection(str(server.db.parent / "q"))).alarm()) == (
+        assert asyncio.run(AuditorClient(config.ViewerSection(str(server.db.parent / "q"))).alarm()) == (
             "It signs nothing: the log is not intact"
         )
         page = inside("/viewer/audit?thread=t1").text
@@ -131,7 +131,7 @@ def test_another_program_at_the_socket_is_no_auditor(tmp_path: Path, answer: byt
 
         settings = config.ViewerSection(audit_socket=str(tmp_path / "q"), audit_server_uids=uids)
         async with await asyncio.start_unix_server(answered, settings.audit_socket):
-            await Auditor(settings).ask(AuditQuestion())
+            await AuditorClient(settings).ask(AuditQuestion())
 
     with pytest.raises(AuditorError, match=r"of another version|closed the connection"):
         asyncio.run(asked())

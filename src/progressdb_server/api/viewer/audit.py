@@ -49,7 +49,7 @@ class AuditorError(Exception):
     """There is no answer. Its text is for the operator."""
 
 
-class Auditor:
+class AuditorClient:
     def __init__(self, settings: config.ViewerSection) -> None:
         self._path = settings.audit_socket
         self._uids = settings.audit_server_uids or None

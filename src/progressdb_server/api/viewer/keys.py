@@ -26,7 +26,7 @@ class ShownKey(NamedTuple):
     command: str
 
 
-class KeyPage(NamedTuple):
+class ViewerKeyPage(NamedTuple):
     """`next_cursor`: empty on the last page."""
 
     keys: list[ShownKey]
@@ -40,15 +40,15 @@ class KeyBrowser:
         self._provider = provider
         self._jobs = jobs
 
-    async def page(self, *, thread: str, state: api.State | None, cursor: str) -> KeyPage:
+    async def page(self, *, thread: str, state: api.State | None, cursor: str) -> ViewerKeyPage:
         """Keys that are not destroyed, oldest first."""
         page = await self._provider.list_keys(
             thread_id=thread or None, state=state, cursor=cursor or None, limit=PAGE_KEYS
         )
-        return KeyPage([await self._shown(key) for key in page.keys], page.next_cursor or "")
+        return ViewerKeyPage([await self._shown(key) for key in page.keys], page.next_cursor or "")
 
-    async def one(self, key_id: str) -> KeyPage:
-        return KeyPage([await self._shown(await self._provider.get_key(key_id))])
+    async def one(self, key_id: str) -> ViewerKeyPage:
+        return ViewerKeyPage([await self._shown(await self._provider.get_key(key_id))])
 
     async def _shown(self, key: api.KeyAnswer) -> ShownKey:
         if key.purpose != "thread":

@@ -78,7 +78,7 @@ async def parts(
     store: Conversations, readiness: Readiness, jobs: Sequence[Job] | None, alarm: str | None, *, now_s: float
 ) -> list[Part]:
     """Each part of the service that this server knows of. `jobs`: None if they can't be read. `alarm`: as in
-    `Auditor.alarm`."""
+    `AuditorClient.alarm`."""
     writes, problem = await readiness.problems()
     try:
         damage = await store.backups.damage_of_newest()

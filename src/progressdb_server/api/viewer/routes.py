@@ -53,10 +53,10 @@ from progressdb_server.api.routes import pages
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer import audit, overview
-from progressdb_server.api.viewer.audit import Auditor, AuditorError
+from progressdb_server.api.viewer.audit import AuditorClient, AuditorError
 from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPage, VersionPage, format_time
 from progressdb_server.api.viewer.history import SAMPLE_S, History
-from progressdb_server.api.viewer.keys import KeyBrowser, KeyPage
+from progressdb_server.api.viewer.keys import KeyBrowser, ViewerKeyPage
 from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
@@ -111,7 +111,7 @@ class Viewer:
         keys: KeyTable,
         *,
         metrics: ApiMetrics,
-        auditor: Auditor,
+        auditor: AuditorClient,
         secure: bool,
     ) -> None:
         """`secure`: the server speaks TLS, and browsers may send the cookie only over TLS."""
@@ -295,7 +295,7 @@ class Viewer:
         state: api.State | None = "active" if query["state"] == "active" else None
         if query["state"] == "retired":
             state = "retired"
-        found, problem, destroyed = KeyPage([]), "", False
+        found, problem, destroyed = ViewerKeyPage([]), "", False
         try:
             async with asyncio.timeout(OPEN_S_MAX):
                 if query["key"]:

@@ -18,7 +18,7 @@ import asyncpg
 from minikms.processes.postgresql import FAILURES
 from progressdb_server.store import keyspace
 from progressdb_server.store.engine import EngineUnavailableError
-from progressdb_server.store.model import Database, FormatError
+from progressdb_server.store.model import DatabaseReport, FormatError
 from progressdb_server.store.postgres.nodes import Nodes
 
 SCHEMA: Final = 1
@@ -170,7 +170,7 @@ async def upgrade(url: str) -> tuple[int, int]:
         return before, SCHEMA
 
 
-async def examine(url: str, *, single_node: bool) -> Database:
+async def examine(url: str, *, single_node: bool) -> DatabaseReport:
     async with connected(url) as connection:
         number = await number_of(connection)
         standbys = await connection.fetchval("SHOW synchronous_standby_names")
@@ -190,7 +190,7 @@ async def examine(url: str, *, single_node: bool) -> Database:
             for name in ("fsync", "full_page_writes")
             if await connection.fetchval(f"SHOW {name}") == "off"
         ]
-        return Database(number, standbys, None if hidden else confirming, tls or "", problems)
+        return DatabaseReport(number, standbys, None if hidden else confirming, tls or "", problems)
 
 
 def _wanted(standbys: str) -> int:
