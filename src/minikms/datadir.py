@@ -283,7 +283,7 @@ def open_for_service(
             except ImportError:
                 raise StartError(f"{replica_file.NAME} was made while the daemon ran: restart it") from None
             member = MemberDirectory(vault, file, directory_fd=lock.directory_fd, disk=disk, mark=mark)
-            vault.replicate(member)
+            vault.changes.replication = member
         undo.pop_all()
     return DataDir(
         vault=vault,

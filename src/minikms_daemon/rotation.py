@@ -222,7 +222,7 @@ class KekRotation:
         pause = RETRY_SECONDS_MIN
         while True:
             if self.running is not None:
-                await self._vault.serving()
+                await self._vault.changes.serving()
             if (rotation := self.running) is None:
                 return
             try:
@@ -393,7 +393,7 @@ class KekRotation:
             batch = [each for each in batch if each.key_id not in changed and each.key_id not in vault.destroyed]
             if not batch:
                 return
-            await vault.journal.replace(held, batch, stamp)
+            await vault.changes.replace(held, batch, stamp)
             for start in range(0, len(batch), INDEXED_SLICE):
                 part = batch[start : start + INDEXED_SLICE]
                 raw_ids = [key_id_to_bytes(change.key_id) for change in part]

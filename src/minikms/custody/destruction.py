@@ -163,7 +163,7 @@ class Destruction:
         try:
             await self._stored.change(make, first=append, beside=beside)
         finally:
-            confirmed = begun and self._stored.replication is not None
+            confirmed = begun and self._stored.changes.replication is not None
             if appended and staged is not None:
                 tombstones.adopt(staged)
             elif confirmed:

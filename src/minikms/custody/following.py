@@ -292,7 +292,7 @@ class Following:
         for start in range(0, len(files), WRITTEN_FILES):
             part = files[start : start + WRITTEN_FILES]
             async with vault.locks.hold([file.record.id for file in part]) as held:
-                await vault.journal.replace(held, [file.change for file in part], confirmed=True)
+                await vault.journal.replace(held, [file.change for file in part])
                 for number, file in enumerate(part, 1):
                     vault.adopt(file.record)
                     if number % UNWRAPS_SLICE == 0:

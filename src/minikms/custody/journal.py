@@ -58,7 +58,6 @@ from minikms.custody.journal_format import (
     ids_in_journal,
     is_whole,
 )
-from minikms.custody.replication import Replication, Written, committed_first
 from minikms.custody.rotation_backups import RotationBackups
 from minikms.keys.dek import KEY_ID_BYTES, bytes_to_key_id
 from minikms.platform.files import (
@@ -102,7 +101,6 @@ class Journal:
         self._store = store
         self._backups = backups
         self._executor = executor
-        self.replication: Replication | None = None
         self._by_syncfs = syncfs_reports(store.directory_fd)
         self._fd: int | None = None
         self._files_fd: int | None = None
@@ -123,33 +121,22 @@ class Journal:
 
     # --- changes -----------------------------------------------------------------------------------------------------
 
-    async def create(self, changes: Sequence[Change], *, confirmed: bool = False) -> None:
-        """Makes the files of new keys; durable on return. The files may not be written yet: see `file_written`.
-        `confirmed`: `replication` is not asked. Raises StorageUnavailableError; then none of the keys is made.
+    async def create(self, changes: Sequence[Change]) -> None:
+        """Makes the files of new keys; durable on return. The files may not be written yet: see `file_written`. Raises
+        StorageUnavailableError; then none of the keys is made.
         """
-        if self.replication is not None and not confirmed:
-            write = partial(self.create, changes, confirmed=True)
-            await committed_first(self.replication, Written(changes), write)
-            return
         outcome = self._submit(changes, "")
         try:
             await outcome
         finally:
             del outcome  # the traceback of its error leads to this frame
 
-    async def replace(
-        self, held: HeldKeys, changes: Sequence[Change], stamp: str = "", *, confirmed: bool = False
-    ) -> None:
+    async def replace(self, held: HeldKeys, changes: Sequence[Change], stamp: str = "") -> None:
         """Changes the files of keys whose locks are held; written and durable on return, or durable only, if the disk
         refuses the files. `stamp`: of the rotation, for a batch, whose old contents are kept under it. At most
-        `journal_format.RECORDS_MAX` changes. `confirmed`: `replication` is not asked. Raises StorageUnavailableError;
-        then none of the files is changed.
+        `journal_format.RECORDS_MAX` changes. Raises StorageUnavailableError; then none of the files is changed.
         """
         held.require(*(change.key_id for change in changes))
-        if self.replication is not None and not confirmed:
-            write = partial(self.replace, held, changes, stamp, confirmed=True)
-            await committed_first(self.replication, Written(changes), write)
-            return
         outcome = self._submit(changes, stamp)
         try:
             await outcome

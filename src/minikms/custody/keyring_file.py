@@ -23,7 +23,7 @@ from minikms.api.errors import (
     StorageUnavailableError,
     StorageUncertainError,
 )
-from minikms.custody.replication import Replication, Written, committed_first
+from minikms.custody.replication import Changes, Written
 from minikms.keys.keyring import FILE_BYTES_MAX, Body
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.platform.files import read_file_bounded, replace_file
@@ -83,12 +83,12 @@ class KeyringFile:
 class StoredKeyring:
     """The unlocked keyring and its file, which change together."""
 
-    def __init__(self, unlocked: UnlockedKeyring, file: KeyringFile) -> None:
+    def __init__(self, unlocked: UnlockedKeyring, file: KeyringFile, changes: Changes) -> None:
         self._unlocked = unlocked
         self._file = file
+        self.changes = changes
         self._lock = asyncio.Lock()
         self._sealed = False
-        self.replication: Replication | None = None
 
     def seal(self) -> None:
         """The keys are zeroed: every later change raises SealedError. A file that is being written stays."""
@@ -111,7 +111,7 @@ class StoredKeyring:
         `make` runs without a switch to another task. Keys that it makes for a body that is not stored are zeroed, and
         those that the new body no longer has. If it returns the body it was given, nothing is written. If it raises,
         `change` raises the same error and changes nothing. `first` runs in the executor before the file is written: it
-        makes durable what the new body relies on, which `beside` returns for `replication`. If it raises, nothing
+        makes durable what the new body relies on, which `beside` returns for the database. If it raises, nothing
         changes. Raises StorageUnavailableError, SealedError, StandbyError.
         """
         async with self._lock:
@@ -146,8 +146,7 @@ class StoredKeyring:
         Raises SealedError, StandbyError.
         """
         self.require_keys()
-        if self.replication is not None:
-            self.replication.require_serving()
+        self.changes.require_serving()
 
     async def idle(self) -> None:
         """Returns when the changes that have begun have ended, with the keys that were made for them."""
@@ -160,7 +159,7 @@ class StoredKeyring:
         try:
             await self._write(body, partial(self._file.store_or_know, data), Written(keyring=data))
         except (StorageUnavailableError, StandbyError) as error:
-            if self.replication is not None:
+            if self.changes.replication is not None:
                 raise StorageUncertainError("the database may have the keyring") from error
             raise
         self.require_keys()
@@ -185,8 +184,7 @@ class StoredKeyring:
         await self._write(body, partial(self._file.store, data, first), beside._replace(keyring=data))
 
     async def _write(self, body: Body, store: Callable[[], asyncio.Future[None]], written: Written) -> None:
-        write = partial(self._stored, store, body)
-        await (write() if self.replication is None else committed_first(self.replication, written, write))
+        await self.changes.write(written, partial(self._stored, store, body))
 
     async def _stored(self, store: Callable[[], asyncio.Future[None]], body: Body) -> None:
         """Waits for the write of `body`, then makes it the one in memory."""

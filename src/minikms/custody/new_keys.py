@@ -22,9 +22,9 @@ from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import NonceSource
 from minikms.custody.group_commit import GroupQueue
-from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import StoredKeyring
+from minikms.custody.replication import Changes
 from minikms.keys import dek
 from minikms.keys.dek import KEY_ID_RANDOM_BYTES, UNIX_MS_MAX, DekRecord, key_id_unix_ms, make_key_id
 from minikms.keys.index import KeyIndex
@@ -56,14 +56,14 @@ class NewKeys:
         arena: SecretArena,
         unlocked: UnlockedKeyring,
         stored: StoredKeyring,
-        journal: Journal,
+        changes: Changes,
         nonces: NonceSource,
         index: KeyIndex,
     ) -> None:
         self._arena = arena
         self._unlocked = unlocked
         self._stored = stored
-        self._journal = journal
+        self._changes = changes
         self._nonces = nonces
         self._index = index
         self.groups = GroupQueue(self._make_group, items_max=GROUP_KEYS_MAX)
@@ -76,7 +76,7 @@ class NewKeys:
         new_keys = self._make_all(wanted, self._stored.body.wrapping_kek.version)
         keys = [Change(each.id, b"", dek.encode(each)) for each in new_keys if isinstance(each, DekRecord)]
         if keys:
-            await self._journal.create(keys)
+            await self._changes.create(keys)
         for each in new_keys:
             if isinstance(each, DekRecord):
                 self._index.put(each)

@@ -1,7 +1,8 @@
-"""The hook that commits a change in the database before it is written here, where several hosts have the same keys.
+"""The door for changes of key files and of the keyring, and the commit in the database that comes first.
 
-Owns: the types of the hook. Invariant: a change is on this disk only after the database has confirmed it, so a
-directory never has what the database lacks. Without replication there is no hook.
+Owns: the order of the two writes, where several hosts have the same keys. Invariant: a change is on this disk only
+after the database has confirmed it, so a directory never has what the database lacks. A follower alone writes what is
+confirmed already, without this door.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from functools import partial
 from typing import NamedTuple, Protocol
 
+from minikms.custody.deks import HeldKeys
+from minikms.custody.journal import Journal
 from minikms.custody.journal_format import Change
 
 
@@ -40,9 +44,42 @@ class Replication(Protocol):
         """Returns when changes are taken. For work that a member goes on with only while it serves."""
 
 
-async def committed_first(replication: Replication, written: Written, write: Callable[[], Awaitable[None]]) -> None:
-    """`write` after the change is confirmed. Both end before this does, even if the caller is cancelled: it may hold
-    the locks of what changes.
+class Changes:
+    """Writes changes in a data directory. `replication` is None where this host alone has the keys."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+        self.replication: Replication | None = None
+
+    async def create(self, changes: Sequence[Change]) -> None:
+        """Makes the files of new keys, as `Journal.create`."""
+        await self.write(Written(changes), partial(self._journal.create, changes))
+
+    async def replace(self, held: HeldKeys, changes: Sequence[Change], stamp: str = "") -> None:
+        """Changes the files of keys, as `Journal.replace`."""
+        await self.write(Written(changes), partial(self._journal.replace, held, changes, stamp))
+
+    async def write(self, written: Written, write: Callable[[], Awaitable[None]]) -> None:
+        """Awaits `write`, after the change is confirmed."""
+        if self.replication is None:
+            await write()
+        else:
+            await _committed_first(self.replication, written, write)
+
+    def require_serving(self) -> None:
+        """Checks that changes are taken. Raises StandbyError."""
+        if self.replication is not None:
+            self.replication.require_serving()
+
+    async def serving(self) -> None:
+        """Returns when changes are taken: at once, unless this is the directory of a member that does not serve."""
+        if self.replication is not None:
+            await self.replication.serving()
+
+
+async def _committed_first(replication: Replication, written: Written, write: Callable[[], Awaitable[None]]) -> None:
+    """Awaits `write` after the change is confirmed. Both end before this does, even if the caller is cancelled: it may
+    hold the locks of what changes.
     """
 
     async def change() -> None:

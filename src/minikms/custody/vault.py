@@ -52,7 +52,7 @@ from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.new_keys import NewKeys, Wanted
 from minikms.custody.open_dek import OpenDek
-from minikms.custody.replication import Replication
+from minikms.custody.replication import Changes
 from minikms.custody.rotation_backups import BLANK_FILES_MAX, FoundRecords, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.tombstone_file import Tombstones
 from minikms.keys import dek
@@ -104,10 +104,11 @@ class Vault:
     ) -> None:
         self.arena = arena
         self.unlocked = unlocked
-        self.keyring = StoredKeyring(unlocked, keyring_file)
         self.store = store
         self.rotation_backups = rotation_backups
         self.journal = journal
+        self.changes = Changes(journal)
+        self.keyring = StoredKeyring(unlocked, keyring_file, self.changes)
         self._executor = executor
         self.nonces = nonces
         """The nonces of wraps."""
@@ -120,7 +121,12 @@ class Vault:
         )
         self.index = index
         self.new_keys = NewKeys(
-            arena=arena, unlocked=unlocked, stored=self.keyring, journal=journal, nonces=nonces, index=self.index
+            arena=arena,
+            unlocked=unlocked,
+            stored=self.keyring,
+            changes=self.changes,
+            nonces=nonces,
+            index=self.index,
         )
         self.unreadable = UnreadableKeys()
         self.replacing: dict[str, DekRecord] = {}
@@ -249,7 +255,7 @@ class Vault:
             try:
                 await self.retire(replaces, replaced_by=record.id, again=True)
             except KmsRefusedError:
-                if self.journal.replication is not None:
+                if self.changes.replication is not None:
                     self.replacing[replaces] = record
                 elif not number:
                     await self._remove_new_key(record.id)
@@ -300,7 +306,7 @@ class Vault:
                 return record
             changed = dek.retired(record, at=now_rfc3339(), replaced_by=replaced_by)
             try:
-                await self.journal.replace(held, [Change(key_id, self.store.read(key_id), dek.encode(changed))])
+                await self.changes.replace(held, [Change(key_id, self.store.read(key_id), dek.encode(changed))])
             except BaseException:
                 # The new file may be in place without being durable, so the next use of the key reads the file again.
                 self.cache.drop(key_id)
@@ -446,15 +452,6 @@ class Vault:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
         await in_worker(self._executor, partial(self.rotation_backups.blank, [found]))
 
-    def replicate(self, replication: Replication) -> None:
-        """From here on, each change asks `replication` first."""
-        self.journal.replication = self.keyring.replication = replication
-
-    async def serving(self) -> None:
-        """Returns when changes are taken: at once, unless this is the directory of a member that does not serve."""
-        if self.journal.replication is not None:
-            await self.journal.replication.serving()
-
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
         await self._destruction.groups.drain()
@@ -545,8 +542,8 @@ class Indexing:
             first = self._changed[:LISTED_COUNT_MAX]
             logger.warning("key files have changed since the last stop", keys=len(self._changed), first=first)
         await self._remove_destroyed()
-        while self._vault.journal.replication is not None:
-            await self._vault.serving()
+        while self._vault.changes.replication is not None:
+            await self._vault.changes.serving()
             await self._retire_all_replaced()
             await asyncio.sleep(REMOVAL_RETRY_SECONDS)
 

@@ -127,7 +127,7 @@ class LifecycleVerbs:
         """Tries again, until it is cancelled, what the disk refused after a key's tombstone was written."""
         while True:
             await asyncio.sleep(REMOVAL_RETRY_SECONDS)
-            await self._vault.serving()
+            await self._vault.changes.serving()
             for key_id in sorted(self._vault.unfinished_destructions):
                 if key_id not in self._vault.unfinished_destructions:
                     continue  # a request completed it

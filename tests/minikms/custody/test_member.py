@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from minikms.api.errors import (
 )
 from minikms.custody import replica_file
 from minikms.custody.journal import Journal
+from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import KeyringFile
 from minikms.custody.replication import Written
 from minikms.custody.tombstone_file import Tombstones
@@ -261,10 +262,9 @@ async def test_the_mark_names_no_change_that_is_still_being_written(
         before, written = first.directory.mark.number, asyncio.Event()
         replace = first.vault.journal.create
 
-        async def slow(*changes: object, confirmed: bool = False) -> None:
-            if confirmed:
-                await written.wait()
-            await replace(*changes, confirmed=confirmed)  # type: ignore[arg-type]  # as they came
+        async def slow(changes: Sequence[Change]) -> None:
+            await written.wait()
+            await replace(changes)
 
         monkeypatch.setattr(first.vault.journal, "create", slow)
         making = asyncio.create_task(create(first.vault, "t"))

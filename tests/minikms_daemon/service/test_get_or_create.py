@@ -159,7 +159,7 @@ async def test_a_retirement_that_is_not_known_to_be_durable_opens_one_key(
         await one.indexing.run()
         old, _ = await one.vault.get_or_create("t", purpose="thread")
 
-        async def in_place_only(held: HeldKeys, changes: list[Change]) -> None:
+        async def in_place_only(held: HeldKeys, changes: list[Change], _: str) -> None:
             one.file(*held.key_ids).write_bytes(changes[0].new)
             raise StorageUnavailableError("a directory cannot be synced")
 
