@@ -1,7 +1,8 @@
 #!/bin/sh
 # A bare Debian in a directory, and commands in it as a user who has just come: what a reader of the README has.
 #
-#   tools/bare_debian.sh make DIRECTORY [PACKAGE ...]    Debian's smallest system, `python3`, `ca-certificates` and these
+#   tools/bare_debian.sh make DIRECTORY [PACKAGE ...]    Debian's smallest system, `python3`, `ca-certificates` and these;
+#       SUITE=bookworm makes Debian 12, trixie (the default) Debian 13
 #   tools/bare_debian.sh run DIRECTORY COMMAND [ARG ...]    as the user `newcomer`, in that user's home
 #
 # As root, with mmdebstrap. The user has 1,024 descriptors and none of this machine's environment. What a machine needs to
@@ -30,7 +31,7 @@ case $what in
   make)
     need mmdebstrap mmdebstrap
     packages=$(IFS=, && echo "python3,ca-certificates${*:+,$*}")
-    mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Retries "4"' --include="$packages" trixie "$root"
+    mmdebstrap --quiet --variant=minbase --aptopt='Acquire::Retries "4"' --include="$packages" "${SUITE:-trixie}" "$root"
     for file in /etc/ssl/certs/ca-certificates.crt /etc/resolv.conf /etc/hosts /etc/pip.conf; do
       if [ -e "$file" ]; then cp --dereference "$file" "$root$file"; fi
     done
