@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bench import keys, load, plots, programs
 from bench.calls import Connection, StatusError
-from bench.pairs import processor_seconds
+from bench.pairs import used
 from bench.report import Row, say
 from minikms.custody import kept_index
 
@@ -106,10 +106,10 @@ def _start(directory: Path) -> tuple[float, float]:
         seconds = time.perf_counter() - began
         with Connection(path) as connection:
             pid = connection.call("GET", "/status")["pid"]
-            before = processor_seconds(pid)
+            before, _ = used(pid)
             for _ in range(LISTS):
                 connection.call("GET", f"/keys?thread_id={THREAD}")
-            return seconds, (processor_seconds(pid) - before) / LISTS * 1000
+            return seconds, (used(pid)[0] - before) / LISTS / 1e6
 
 
 def _get_or_create(path: str) -> bool:

@@ -29,6 +29,7 @@ RUNS = 1000
 ROTATED_KEYS = 100_000
 ROTATION_TURNS = 3
 FLOOR = 0.97
+SWITCH = "a voluntary switch of the daemon"
 FOREIGN_FLOOR = 0.85
 FOREIGN_BATCH_FLOOR = 0.5
 """Each item has a key of its own to derive or to expand."""
@@ -68,8 +69,8 @@ def verbs(checkout: Path) -> list[Row]:
             row
             for name in daemons[0][2]
             for row in _compared(
-                [f"{name}, answers a second of the daemon's processor time"],
-                [partial(_answers_per_second, path, pid, asked[name]) for path, pid, asked in daemons],
+                [f"{name}, answers {unit}" for unit in ("a second of the daemon's processor time", "a second", SWITCH)],
+                [partial(_answers, path, pid, requests[name]) for path, pid, requests in daemons],
                 TURNS,
                 _floor(name),
             )
@@ -82,16 +83,14 @@ def _floor(name: str) -> float:
     return FOREIGN_BATCH_FLOOR if "_batch" in name else FOREIGN_FLOOR
 
 
-def _answers_per_second(path: str, pid: int, requests: Requests) -> list[float]:
-    """Of processor time of the daemon's event loop, so that neither the load generator nor other programs count."""
-    before = processor_seconds(pid)
-    answers = sum(load.generate(path, requests, SECONDS).answers)
-    return [answers / (processor_seconds(pid) - before)]
-
-
-def processor_seconds(pid: int) -> float:
-    """Of the first thread of a process."""
-    return int(Path(f"/proc/{pid}/schedstat").read_text(encoding="ascii").split()[0]) / 1e9
+def _answers(path: str, pid: int, requests: Requests) -> list[float]:
+    """The answers by second of the daemon's processor time, in which neither the load generator nor other programs
+    count; by second; and by voluntary switch of the daemon.
+    """
+    before = used(pid)
+    turn = load.generate(path, requests, SECONDS)
+    seconds, switches = _used_since(pid, before)
+    return [sum(turn.answers) / seconds, turn.per_second, sum(turn.answers) / switches]
 
 
 def creates(checkout: Path) -> list[Row]:
@@ -101,25 +100,34 @@ def creates(checkout: Path) -> list[Row]:
         for place in (None, checkout):
             path = started.enter_context(programs.minikms(started.enter_context(programs.workplace()), checkout=place))
             measures.append(partial(_keys_made, path, keys.wait_for_index(path)))
-        units = ("a second of the daemon's processor time", "a second", "a voluntary switch of the daemon")
+        units = ("a second of the daemon's processor time", "a second", SWITCH)
         what = f"creating DEKs with {create.CONNECTIONS} tasks of one client, keys"
         return _compared([f"{what} {unit}" for unit in units], measures, TURNS, FLOOR)
 
 
 def _keys_made(path: str, pid: int) -> list[float]:
-    """Keys by second of processor time of all threads, by second, and by voluntary switch."""
-    before = _processor_seconds_and_switches(pid)
+    """Keys by second of processor time, by second, and by voluntary switch."""
+    before = used(pid)
     count, seconds = uvloop.run(create.through_pool(path, SECONDS))
-    processor_s, switches = (now - then for now, then in zip(_processor_seconds_and_switches(pid), before, strict=True))
+    processor_s, switches = _used_since(pid, before)
     return [count / processor_s, count / seconds, count / switches]
 
 
-def _processor_seconds_and_switches(pid: int) -> tuple[float, int]:
+def used(pid: int) -> tuple[int, int]:
+    """The nanoseconds of processor time and the voluntary switches of all threads of a process."""
     nanoseconds = switches = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         nanoseconds += int((task / "schedstat").read_text(encoding="ascii").split()[0])
         status = (task / "status").read_text(encoding="ascii")
         switches += int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+    return nanoseconds, switches
+
+
+def _used_since(pid: int, before: tuple[int, int]) -> tuple[float, int]:
+    """The seconds and switches since `before`, at least one of each unit: a thread that runs is counted at the next
+    tick only, so that a short turn may have none.
+    """
+    nanoseconds, switches = (max(now - then, 1) for now, then in zip(used(pid), before, strict=True))
     return nanoseconds / 1e9, switches
 
 
