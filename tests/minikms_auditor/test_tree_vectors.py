@@ -20,6 +20,7 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.note import WitnessPolicy, open_checkpoint, parse_vkey
 from minikms.audit.tiles import RightEdge, Tiles, tile_path
 from minikms.cli import audit, audit_tree
+from minikms.cli.console import DataFiles
 from minikms_daemon.audit.maintenance import LogRetention, remove_segments
 from tests.minikms.audit.logmaker import KEY1, SECOND, open_log, write_events
 from tests.minikms_auditor.rig import Rig
@@ -153,8 +154,8 @@ def test_a_tree_that_was_made_by_the_page_is_believed(tmp_path: Path) -> None:
         (tiles / "checkpoint").write_bytes(note)
         trusted: dict[str, Any] = {"log_key": KEYS[0], "witness": KEYS[1]}
         asked = {"public_key": [encode_text(KEY1.public_key)], "checkpoint": str(tiles / "checkpoint"), **trusted}
-        assert audit.verify(data_dir=str(rig.log_dir), **asked) == 0
-        assert audit.verify(data_dir=str(rig.log_dir), tiles=str(tiles), **asked) == 0
+        assert audit.verify(files=DataFiles(str(rig.log_dir)), **asked) == 0
+        assert audit.verify(files=DataFiles(str(rig.log_dir)), tiles=str(tiles), **asked) == 0
         exported = tmp_path / "exported"
         exported.write_text("\n".join(independent.exported(lines[at], at, leaves, note) for at in (0, 300, 601)))
         assert audit_tree.verify_export(str(exported), **trusted) == 0

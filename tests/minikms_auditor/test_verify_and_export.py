@@ -14,6 +14,7 @@ from minikms.audit import Event, record
 from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.tiles import TilesError
 from minikms.cli import audit, audit_tree, receipt
+from minikms.cli.console import DataFiles
 from minikms_auditor import command
 from minikms_daemon.audit.maintenance import LogRetention, compress_closed, remove_segments
 from tests.harness import witness as cosigning
@@ -38,7 +39,7 @@ def verify(rig: Rig, capsys: pytest.CaptureFixture[str]) -> Verify:
 
     def run(**changed: Any) -> tuple[int, str]:
         arguments = {
-            "data_dir": str(rig.log_dir),
+            "files": DataFiles(str(rig.log_dir)),
             "public_key": [encode_text(KEY1.public_key)],
             "checkpoint": str(rig.state_dir / "tree" / "checkpoint"),
             "log_key": [rig.vkey()],

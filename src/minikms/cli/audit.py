@@ -29,14 +29,11 @@ from minikms.cli.console import (
     PACKAGE_DATA_DIR,
     PACKAGE_INDEX_DIR,
     DataDir,
-    MasterKeyFd,
-    MasterKeyFile,
-    Root,
+    DataFiles,
+    RootKey,
     Yes,
     chosen_data_dir,
-    chosen_root,
     complain,
-    needed_root,
 )
 from minikms.commands.output import confirm, progress_bar
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
@@ -176,9 +173,7 @@ JsonLines = Annotated[bool, Parameter(name="--json", help="The lines as they are
 @audit_tree.judging
 def verify(
     *,
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     public_key: Annotated[
         list[str] | None,
         Parameter(
@@ -210,7 +205,6 @@ def verify(
     ] = audit_tree.MAX_AGE,
     tiles: audit_tree.TreeDir = None,
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Check every line of the log. A daemon may be running.
 
@@ -236,7 +230,7 @@ def verify(
                 log_directory(directory), trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
             )
 
-    directory = chosen_data_dir(data_dir)
+    directory = files.directory
     if checkpoint is None and (log_key or witness or quorum or tiles):
         raise StartError(
             "--log-key, --witness, --quorum and --tiles say what a tree checkpoint must be: give --checkpoint"
@@ -248,7 +242,7 @@ def verify(
     if public_key:
         report = judge(Trust(public_keys=public_keys(public_key)))
     else:
-        root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+        root = files.root_key.provider(directory)
         if root is None:
             raise StartError(
                 "give the root key with --master-key-file, or only the log's public key with --public-key: "
@@ -278,7 +272,7 @@ def tail(
         bool, Parameter(name=("--follow", "-f"), help="Continue with new lines as they are written.", negative=())
     ] = False,
     json: JsonLines = False,
-) -> int:
+) -> None:
     """Show the last lines of the log, without verifying them."""
     from minikms.audit.reader import LogFollower, last_lines
     from minikms.audit.record import peek_seq
@@ -295,7 +289,6 @@ def tail(
             _print_lines(follower.read(), json=json)
             if reader.poll(FOLLOW_SECONDS * 1000):
                 raise BrokenPipeError
-    return EXIT_GOOD
 
 
 @app.command
@@ -313,10 +306,8 @@ def find(
     index: Annotated[
         str | None, Parameter(help="The index of the auditor, in its state directory; '' for none.", show_default=False)
     ] = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    root_key: RootKey = RootKey(),
     json: JsonLines = False,
-    master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Show the lines about a thread, key, actor or request, without verifying them. With several of these, a line
     must match all.
@@ -347,7 +338,7 @@ def find(
     lookup = Lookup(index, directory) if index else None
     with ExitStack() as stack:
         mac_keys: tuple[memoryview, ...] = ()
-        root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=keys)
+        root = root_key.provider(keys)
         if thread and root is not None:
             unlocked = stack.enter_context(open_for_reading(keys, root))
             mac_keys = tuple(audit_keys(unlocked).trust().mac_keys.values())
@@ -374,12 +365,9 @@ def find(
 @audit_tree.judging
 def rotate_key(
     *,
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Make a new audit key while the daemon is stopped.
 
     The log names it in a line signed with the old one. Keep the new public key where you keep the old one. Exit status:
@@ -387,8 +375,7 @@ def rotate_key(
     """
     from minikms.offline import rotate_audit_key
 
-    directory = chosen_data_dir(data_dir)
-    key = rotate_audit_key(directory, needed_root(master_key_file, master_key_fd, root_source, data_dir=directory))
+    key = rotate_audit_key(*files.opened())
     public_key = encode_text(key.public_key)
     if json:
         print(as_json({"version": key.version, "public_key": public_key, "head": key.head}))
@@ -396,35 +383,29 @@ def rotate_key(
         print(f"The audit key is now version {key.version}.")
         print(f"  public key  {public_key}   keep it outside the data directory")
         print(f"  head        {key.head['seq']}:{key.head['sig']}")
-    return EXIT_GOOD
 
 
 @app.command
 @audit_tree.judging
 def detach(
     *,
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     yes: Yes = False,
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Forget the auditor while the daemon is stopped, so that another origin can be attached. A line says so.
 
     Until then retention deletes nothing that the auditor has not taken. Exit status: 0 done, 2 refused.
     """
     from minikms.offline import detach_auditor
 
-    directory = chosen_data_dir(data_dir)
-    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    directory, root = files.opened()
     confirm("Detach the auditor? Lines that it has not taken may be deleted then.", yes=yes)
     origin = detach_auditor(directory, root)
     if json:
         print(as_json({"origin": origin}))
-        return EXIT_GOOD
-    print(f"Detached {origin}. Remove the grant of its auditor from the policy file, or it attaches itself again.")
-    return EXIT_GOOD
+    else:
+        print(f"Detached {origin}. Remove the grant of its auditor from the policy file, or it attaches itself again.")
 
 
 app.command(audit_tree.export)

@@ -65,14 +65,14 @@ TreeDir = Annotated[
 ]
 
 
-def judging(command: Callable[P, int]) -> Callable[P, int]:
+def judging(command: Callable[P, int | None]) -> Callable[P, int]:
     """A command whose exit status judges the log: 1 for a line that is not proven, 2 where something to judge by is
     missing."""
 
     @wraps(command)
     def judge(*args: P.args, **flags: P.kwargs) -> int:
         try:
-            return command(*args, **flags)
+            return command(*args, **flags) or EXIT_GOOD
         except BrokenPipeError:
             raise  # the reader of the output has left: `command.run` ends the process
         except (CommandError, KmsRefusedError, OSError) as error:
@@ -207,7 +207,7 @@ def export(
         Literal["line", "ocsf"],
         Parameter(name="--format", help="ocsf: events of the class API Activity, with the proof in `unmapped`."),
     ] = "line",
-) -> int:
+) -> None:
     """Print lines of the log as JSON, each with the proof that it is under the newest tree checkpoint.
 
     `minikms audit verify-export` checks lines without the log. A line that no tree checkpoint has yet is left out, and
@@ -241,7 +241,6 @@ def export(
     sys.stdout.flush()
     if left_out:
         print(f"minikms: {left_out} line(s) are not under the tree checkpoint yet and were left out", file=sys.stderr)
-    return EXIT_GOOD
 
 
 class ExportReport(msgspec.Struct):

@@ -25,25 +25,30 @@ from cyclopts import App, Parameter, validators
 from minikms.cli.console import (
     AuditDir,
     DataDir,
+    DataFiles,
     Json,
-    MasterKeyFd,
-    MasterKeyFile,
-    Root,
+    RootKey,
     Yes,
     chosen_data_dir,
     complain,
     explained,
     found_data_dir,
     named_root,
-    needed_root,
 )
-from minikms.commands.output import confirm, name_list, print_facts, print_json, print_result, print_table, progress_bar
+from minikms.commands.output import (
+    Facts,
+    Table,
+    confirm,
+    name_list,
+    print_result,
+    progress_bar,
+)
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms.archives.archive import ArchiveManifest, AuditHead
     from minikms.archives.create import RetiredKeys, Task
-    from minikms.archives.restore import NewerKeyring
+    from minikms.archives.restore import NewerKeyring, RestoredArchive
     from minikms.custody.archive_register import RegisteredArchive
     from minikms.keys.unlocked import UnlockedKeyring
     from minikms.roots.providers import RootProvider
@@ -58,12 +63,9 @@ Archive = Annotated[Path, Parameter(help="The archive's file.")]
 def create(
     archive: Archive,
     *,
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     json: Json = False,
     only_check: Annotated[bool, Parameter(name="--only-check", show=False, negative=())] = False,
-    master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Make one archive of keyring and keys, also while the daemon serves.
 
@@ -82,9 +84,9 @@ def create(
     from minikms.datadir import read_keyring
     from minikms.platform import clock
 
-    directory = chosen_data_dir(data_dir)
+    directory = files.directory
     data = read_keyring(directory)  # first: beside no keyring, a register is what an interrupted restore leaves
-    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    root = files.root_key.required_provider(directory)
     if only_check:  # for a caller that makes something else first
         with _task(root, "", bar=False) as task, task.open_keyring(data):
             return EXIT_GOOD
@@ -130,12 +132,9 @@ def create(
 def verify(
     archive: Archive,
     *,
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Read a whole archive and open every key in it. No data directory is needed.
 
     The register of a data directory that has made the archive notes one that is not good, and `prune` keeps the newest
@@ -145,8 +144,8 @@ def verify(
     from minikms.archives.archive import ArchiveError, OtherRootError
     from minikms.archives.create import verify as verify_archive
 
-    directory = found_data_dir(data_dir, look=False)
-    root = _root_of(archive, master_key_file, master_key_fd, root_source, directory)
+    directory = found_data_dir(files.data_dir, look=False)
+    root = _root_of(archive, files.root_key, directory)
     with _task(root, "opening keys", bar=not json) as task:
         try:
             good = verify_archive(str(archive), task)
@@ -157,7 +156,6 @@ def verify(
             raise
     _note(archive, directory, damaged=False)
     _print_manifest(good.manifest, archive, json=json, done="good: whole, authentic, every key opens")
-    return EXIT_GOOD
 
 
 @app.command
@@ -182,12 +180,10 @@ def restore(
         Parameter(name="--newer-root", show_choices=False, help="Its source, instead of --newer-master-key-file."),
     ] = None,
     audit_dir: AuditDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    root_key: RootKey = RootKey(),
     yes: Yes = False,
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Restore an archive into a data directory that is empty or does not exist. Nothing is overwritten.
 
     It needs a root key that opened the keyring when the archive was made. A new audit log begins, which names the last
@@ -201,7 +197,7 @@ def restore(
 
     directory = chosen_data_dir(data_dir, must_exist=False)
     newer_source = _newer_source(newer_master_key_file, newer_root)
-    root = _root_of(archive, master_key_file, master_key_fd, root_source, directory)
+    root = _root_of(archive, root_key, directory)
     with ExitStack() as stack:
         task = stack.enter_context(_task(root, "", bar=False))
         newer = None
@@ -222,37 +218,22 @@ def restore(
             done = restoring.restore(
                 str(archive), good, task, unlocked, target, begin_log=begin_log, at=now, newer=newer
             )
-    if json:
-        print_json({"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()})
-        return EXIT_GOOD
-    print(f"Restored {done.keys:,} key(s) into {directory}, epoch {done.epoch}.")
-    if done.left_out:
-        print(f"Left out {done.left_out:,} key(s) that were destroyed.")
-    if done.roots_removed:
-        print(f"These root keys were removed after the backup, and don't open it: {', '.join(done.roots_removed)}.")
-    print(f"It opens under {' or '.join(done.roots)}.")
-    if newer is None:
-        print("A root key that was removed after the backup opens it again: minikms root list, minikms root remove.")
-    print("Next: start the daemon; minikms doctor; then the message server: once with --accept-restore if it says that")
-    print("it remembers a later state. progressdb check names what was made after the backup and can't be read.")
-    return EXIT_GOOD
+    page = {"data_dir": directory, "archive_id": good.manifest.archive_id, **done._asdict()}
+    print_result(page, _restored_lines(directory, done, newer), json=json)
 
 
 @app.command(name="list")
-def list_archives(*, data_dir: DataDir = None, json: Json = False) -> int:
+def list_archives(*, data_dir: DataDir = None, json: Json = False) -> None:
     """List the archives of a data directory. Those whose files are gone are marked as missing."""
     from minikms.custody.archive_register import ArchiveRegister
 
-    found = ArchiveRegister(chosen_data_dir(data_dir)).listed()
-    if json:
-        print_json({"archives": found})
-        return EXIT_GOOD
-    print_table(
+    archives = ArchiveRegister(chosen_data_dir(data_dir)).listed()
+    table = Table(
         ("archive", "made", "keys", "bytes", "file"),
-        ((entry.archive_id, _when(entry), f"{entry.keys:,}", f"{entry.bytes:,}", _where(entry)) for entry in found),
+        ((entry.archive_id, _when(entry), f"{entry.keys:,}", f"{entry.bytes:,}", _where(entry)) for entry in archives),
         right=("keys", "bytes"),
     )
-    return EXIT_GOOD
+    print_result({"archives": archives}, table, json=json)
 
 
 @app.command
@@ -271,7 +252,7 @@ def prune(
     data_dir: DataDir = None,
     yes: Yes = False,
     json: Json = False,
-) -> int:
+) -> None:
     """Remove the oldest archives of a data directory, and the leftovers of interrupted ones.
 
     The newest archive that was verified stays, however old it is: creation verifies, and `verify` notes a damaged one.
@@ -308,7 +289,6 @@ def prune(
         f"{len(present) - len(removed)} archive(s) stay",
     ]
     print_result({"removed": removed, "forgotten": forgotten}, lines, json=json)
-    return EXIT_GOOD
 
 
 def _confirm_return(retired: RetiredKeys, *, yes: bool) -> None:
@@ -329,16 +309,13 @@ def _confirm_return(retired: RetiredKeys, *, yes: bool) -> None:
 # --- shared -------------------------------------------------------------------------------------------------------
 
 
-def _root_of(
-    archive: Path, key_file: Path | None, descriptor: int | None, source: str | None, directory: str | None
-) -> RootProvider:
+def _root_of(archive: Path, key: RootKey, directory: str | None) -> RootProvider:
     """The root key for an archive. The unlock service is asked for that of the archive's keyring, so that no data
     directory is needed. `directory`: what `dev:` lies beside. Raises StartError, CommandError.
     """
     from minikms.archives.archive import read_keyring_id
 
-    keyring_id = partial(read_keyring_id, archive)
-    return needed_root(key_file, descriptor, source, data_dir=directory, keyring_id=keyring_id)
+    return key.required_provider(directory, partial(read_keyring_id, archive))
 
 
 def _note(archive: Path, directory: str | None, *, damaged: bool) -> None:
@@ -470,11 +447,24 @@ def _remove_archive(entry: RegisteredArchive) -> None:
     os.unlink(entry.path)
 
 
+def _restored_lines(directory: str, done: RestoredArchive, newer: NewerKeyring | None) -> Iterator[str]:
+    yield f"Restored {done.keys:,} key(s) into {directory}, epoch {done.epoch}."
+    if done.left_out:
+        yield f"Left out {done.left_out:,} key(s) that were destroyed."
+    if done.roots_removed:
+        yield f"These root keys were removed after the backup, and don't open it: {', '.join(done.roots_removed)}."
+    yield f"It opens under {' or '.join(done.roots)}."
+    if newer is None:
+        yield "A root key that was removed after the backup opens it again: minikms root list, minikms root remove."
+    yield "Next: start the daemon; minikms doctor; then the message server: once with --accept-restore if it says that"
+    yield "it remembers a later state. progressdb check names what was made after the backup and can't be read."
+
+
 def _print_manifest(manifest: ArchiveManifest, archive: Path, *, json: bool, done: str) -> None:
-    if json:
-        print_json({"archive": str(archive), **_as_dict(manifest)})
-        return
-    print(f"{archive}: {done}")
+    from msgspec.structs import asdict
+
+    if not json:
+        print(f"{archive}: {done}")
     head = manifest.audit_head
     facts = [
         ("archive", manifest.archive_id),
@@ -484,13 +474,7 @@ def _print_manifest(manifest: ArchiveManifest, archive: Path, *, json: bool, don
         ("keys", f"{manifest.keys:,}"),
         ("audit head", "none" if head is None else f"{head.seq}:{head.sig}"),
     ]
-    print_facts(facts, indent=2)
-
-
-def _as_dict(manifest: ArchiveManifest) -> dict[str, object]:
-    import msgspec
-
-    return msgspec.structs.asdict(manifest)
+    print_result({"archive": str(archive), **asdict(manifest)}, Facts(facts, 2), json=json)
 
 
 def _when(entry: RegisteredArchive) -> str:

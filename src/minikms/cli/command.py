@@ -9,7 +9,6 @@ takes a fifth of a second at most.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import sys
 from typing import Any, Final, NoReturn
@@ -42,8 +41,6 @@ COMMANDS: Final = {
     "completion": ("command:completion", "Print the completion script of a shell."),
 }
 """Each command beside `serve`: its module and function in `minikms.cli`, and one line of help."""
-
-MASTER_KEY_PARAMETER: Final = MASTER_KEY_FLAG.removeprefix("--").replace("-", "_")
 
 HELPERS: Final = {"auditor": "minikms_auditor", "gateway": "minikms_gateway", "unlock": "minikms_unlock"}
 """Programs of this distribution that are processes of their own: `minikms NAME …` runs `minikms-NAME`, as git does."""
@@ -101,8 +98,10 @@ def _with_needed_root_key(words: list[str]) -> list[str]:
 def _takes_root_key(words: list[str]) -> bool:
     if words and words[0] in HELPERS:
         return False
-    command = app.parse_commands(words)[1][-1].default_command
-    return command is not None and MASTER_KEY_PARAMETER in inspect.signature(command).parameters
+    command = app.parse_commands(words)[1][-1]
+    if command.default_command is None:
+        return False
+    return any(MASTER_KEY_FLAG in argument.names for argument in command.assemble_argument_collection())
 
 
 def _run_helper(name: str, words: list[str]) -> NoReturn:

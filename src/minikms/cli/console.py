@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -83,6 +84,68 @@ Root = Annotated[
 ]
 MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
 Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DaemonFlags:
+    """The flags for a running daemon: its socket, and the user that must serve it."""
+
+    socket: Socket = None
+    server_uid: ServerUid = None
+
+    def client(self) -> Client:
+        """A client of the daemon, with the errors of `daemon_client`."""
+        return daemon_client(self.socket, self.server_uid)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RootKey:
+    """The flags for the place of a root key. `master_key_fd`: of one that was in the environment."""
+
+    master_key_file: MasterKeyFile = None
+    root_source: Root = None
+    master_key_fd: MasterKeyFd = None
+
+    def provider(self, data_dir: str | None = None, keyring_id: Callable[[], str] | None = None) -> RootProvider | None:
+        """The provider of `chosen_source`, with its errors; None when no place is given. With `data_dir`, a development
+        key beside it serves then. `keyring_id`: as in `named_root`.
+        """
+        from minikms.roots.providers import DevelopmentKey
+
+        source = chosen_source(self)
+        if source is not None:
+            return named_root(source, data_dir, keyring_id)
+        development = None if data_dir is None else DevelopmentKey(data_dir)
+        return development if development is not None and development.path.exists() else None
+
+    def required_provider(
+        self, data_dir: str | None = None, keyring_id: Callable[[], str] | None = None
+    ) -> RootProvider:
+        """The same. Raises CommandError also when no place is given."""
+        root = self.provider(data_dir, keyring_id)
+        if root is None:
+            raise CommandError("give the root key, as for the daemon: --master-key-file FILE, or --root SOURCE")
+        return root
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DataFiles:
+    """The flags for a data directory, and for its root key."""
+
+    data_dir: DataDir = None
+    root_key: RootKey = RootKey()
+
+    @property
+    def directory(self) -> str:
+        """The data directory, with the errors of `chosen_data_dir`."""
+        return chosen_data_dir(self.data_dir)
+
+    def opened(self) -> tuple[str, RootProvider]:
+        """The data directory and the provider of its root key. Raises CommandError, StartError."""
+        return self.directory, self.root_key.required_provider(self.directory)
 
 
 def complain(text: str) -> None:
@@ -162,13 +225,11 @@ def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
     return os.path.abspath(path)
 
 
-def chosen_key_file(given: Path | None, descriptor: int | None) -> Path | None:
-    """The flag, else the variable, else None. Raises CommandError when the root key is also given in the environment,
-    from which it has come to `descriptor`.
-    """
-    named = os.environ.get(MASTER_KEY_FILE_VARIABLE)
-    file = given if given is not None else Path(named) if named else None
-    if file is not None and descriptor is not None:
+def chosen_key_file(key: RootKey) -> Path | None:
+    """The flag, else the variable, else None. Raises CommandError when the environment has the root key too."""
+    variable = os.environ.get(MASTER_KEY_FILE_VARIABLE)
+    file = key.master_key_file if key.master_key_file is not None else Path(variable) if variable else None
+    if file is not None and key.master_key_fd is not None:
         raise CommandError(
             f"both a root key and a file of one are given; unset one of {MASTER_KEY_VARIABLE} and "
             f"{MASTER_KEY_FILE_VARIABLE} (or --master-key-file)"
@@ -176,50 +237,34 @@ def chosen_key_file(given: Path | None, descriptor: int | None) -> Path | None:
     return file
 
 
-def chosen_source(
-    key_file: Path | None, descriptor: int | None, source: str | None = None, *, rewritable: bool = False
-) -> str | None:
-    """The source of the root key, as text; None when no place is given.
+def chosen_source(key: RootKey, *, rewritable: bool = False) -> str | None:
+    """The source of the root key, as text; None when no place is given. The variable of `--root` counts unless
+    --master-key-file is given.
 
-    source: the text of `--root`, else of its variable, unless --master-key-file is given. Raises CommandError when it
-    is given twice, or not as a file that is to be rewritten; StartError for a text that is no source.
+    Raises CommandError when the root key is given twice, or not as a file that is to be rewritten; StartError for a
+    text that is no source.
     """
     from minikms.roots.sources import parse_source
 
-    variable = None if source is not None or key_file is not None else os.environ.get(ROOT_VARIABLE)
-    if named := source or variable:
-        if key_file is not None or descriptor is not None or (variable and os.environ.get(MASTER_KEY_FILE_VARIABLE)):
+    is_free = key.root_source is None and key.master_key_file is None
+    variable = os.environ.get(ROOT_VARIABLE) if is_free else None
+    if source := key.root_source or variable:
+        if (
+            key.master_key_file is not None
+            or key.master_key_fd is not None
+            or (variable and os.environ.get(MASTER_KEY_FILE_VARIABLE))
+        ):
             raise CommandError(
                 f"the root key is given twice: give --root ({ROOT_VARIABLE}) or --master-key-file "
                 f"({MASTER_KEY_FILE_VARIABLE}), and unset {MASTER_KEY_VARIABLE}"
             )
-        if parse_source(named).name != "file" and rewritable:
+        if parse_source(source).name != "file" and rewritable:
             raise CommandError("--rewrite-master-key-file needs a root key in a file, by --master-key-file or --root")
-        return named
-    file = chosen_key_file(key_file, descriptor)
+        return source
+    file = chosen_key_file(key)
     if rewritable and file is None:
         raise CommandError("--rewrite-master-key-file needs the key file that it is to rewrite: give --master-key-file")
-    return f"file:{file}" if file is not None else None if descriptor is None else f"fd:{descriptor}"
-
-
-def chosen_root(
-    key_file: Path | None,
-    descriptor: int | None,
-    source: str | None = None,
-    *,
-    data_dir: str | None = None,
-    keyring_id: Callable[[], str] | None = None,
-) -> RootProvider | None:
-    """The provider of `chosen_source`, with its errors; None when no place is given. With `data_dir`, a development key
-    beside it serves then. `keyring_id`: as in `named_root`.
-    """
-    from minikms.roots.providers import DevelopmentKey
-
-    named = chosen_source(key_file, descriptor, source)
-    if named is not None:
-        return named_root(named, data_dir, keyring_id)
-    development = None if data_dir is None else DevelopmentKey(data_dir)
-    return development if development is not None and development.path.exists() else None
+    return f"file:{file}" if file is not None else None if key.master_key_fd is None else f"fd:{key.master_key_fd}"
 
 
 def named_root(source: str, data_dir: str | None = None, keyring_id: Callable[[], str] | None = None) -> RootProvider:
@@ -255,21 +300,6 @@ def key_file_owner(given: str | None = None) -> tuple[int, int] | None:
             f"the owner and group of the key file are two numbers, such as 0:991 ({MASTER_KEY_OWNER_VARIABLE})"
         )
     return int(ids[0]), int(ids[1])
-
-
-def needed_root(
-    key_file: Path | None,
-    descriptor: int | None,
-    source: str | None = None,
-    *,
-    data_dir: str | None = None,
-    keyring_id: Callable[[], str] | None = None,
-) -> RootProvider:
-    """The root key like `chosen_root`, with its errors. Raises CommandError also when no place is given."""
-    root = chosen_root(key_file, descriptor, source, data_dir=data_dir, keyring_id=keyring_id)
-    if root is None:
-        raise CommandError("give the root key, as for the daemon: --master-key-file FILE, or --root SOURCE")
-    return root
 
 
 def chosen_server_uids(given: int | None) -> frozenset[int] | None:

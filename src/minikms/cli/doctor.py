@@ -28,13 +28,10 @@ from minikms.audit.reader import LOG_NAME
 from minikms.cli.console import (
     DataDir,
     Json,
-    MasterKeyFd,
-    MasterKeyFile,
-    Root,
+    RootKey,
     ServerUid,
     Socket,
     chosen_data_dir,
-    chosen_root,
     daemon_client,
     explained,
     found_data_dir,
@@ -481,10 +478,8 @@ def doctor(
     data_dir: DataDir = None,
     socket: Socket = None,
     server_uid: ServerUid = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    root_key: RootKey = RootKey(),
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Look for problems, and say what to do about each. --data-dir examines the files and the machine, even while the
     daemon runs; --socket examines the running daemon. Without either, both are examined at the paths of the systemd
@@ -500,7 +495,7 @@ def doctor(
     found: list[Diagnosis] = []
     if directory is not None:
         directory = chosen_data_dir(directory)
-        root = chosen_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+        root = root_key.provider(directory)
         with progress_bar("reading keys", shown=not json) as progress:
             found += examine(directory, root, now=time.time(), progress=progress)
     found += machine()

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
 
 from cyclopts import Parameter
 
-from minikms.cli.console import Json, ServerUid, Socket, daemon_client
+from minikms.cli.console import DaemonFlags, Json
 from minikms.commands.output import print_json, progress_bar
-from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, PathText
+from minikms.commands.usage import EXIT_FAILED, CommandError, PathText
 from minikms.platform.sync import sync_file
 
 if TYPE_CHECKING:
@@ -55,10 +55,9 @@ def encrypt(
         str | None, Parameter(help="A key of purpose data; default: the newest one, made at first use.")
     ] = None,
     force: Force = False,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,
-) -> int:
+) -> None:
     """Encrypt a file to FILE.kms, or a pipe to a pipe.
 
     The result names its key, so `minikms decrypt` needs only the daemon. Exit status: 0 done, 1 refused, 2 something
@@ -73,7 +72,7 @@ def encrypt(
     place = output or ("-" if source == "-" else source + SUFFIX)
     _check_usage(source, place, json=json, command="encrypt")
     with (
-        daemon_client(socket, server_uid) as kms,
+        daemon.client() as kms,
         _reading(source) as reading,
         _writing(place, output, force=force) as writing,
     ):
@@ -86,7 +85,6 @@ def encrypt(
             size = _copy(seal_stream(data_key, header, _parts(reading, source)), writing)
     if json:
         print_json({"output": os.path.abspath(place), "bytes": size, "key_id": key_id})
-    return EXIT_GOOD
 
 
 def decrypt(
@@ -94,10 +92,9 @@ def decrypt(
     *,
     output: Output = None,
     force: Force = False,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,
-) -> int:
+) -> None:
     """Decrypt what `minikms encrypt` made: FILE.kms to FILE, or a pipe to a pipe.
 
     An output file appears only after all of it was authenticated. Bytes written to a pipe are authenticated too, but
@@ -108,14 +105,13 @@ def decrypt(
 
     place = output or ("-" if source.startswith("-") else _without_suffix(source))
     _check_usage(source, place, json=json, command="decrypt")
-    with daemon_client(socket, server_uid) as kms, _reading(source) as reading:
+    with daemon.client() as kms, _reading(source) as reading:
         header, rest = split_header(_parts(reading, source))
         opened = kms.decrypt(header.key_id, header.wrapped_key, aad=WRAP_AAD)
         with _zeroed(opened) as data_key, _writing(place, output, force=force) as writing:
             size = _copy(open_stream(data_key, header, rest), writing)
     if json:
         print_json({"output": os.path.abspath(place), "bytes": size, "key_id": header.key_id})
-    return EXIT_GOOD
 
 
 def _check_usage(source: str, place: str, *, json: bool, command: str) -> None:

@@ -25,10 +25,10 @@ from minikms.cli.console import (
     Json,
     MasterKeyFd,
     MasterKeyFile,
+    RootKey,
     Yes,
     chosen_data_dir,
     chosen_key_file,
-    chosen_root,
     complain,
     explained,
 )
@@ -82,8 +82,8 @@ def init(
     recovery = _recovery(recovery_shares, shares_dir, yes=yes)
     directory = chosen_data_dir(data_dir, must_exist=False)
     audit_dir = None if audit_dir is None else os.path.abspath(audit_dir)
-    key_file = chosen_key_file(master_key_file, master_key_fd)
-    root = chosen_root(master_key_file, master_key_fd)
+    key = RootKey(master_key_file, None, master_key_fd)
+    key_file, root = chosen_key_file(key), key.provider()
     if root is None:
         raise CommandError(
             "say where the root key is, or is to be made: --master-key-file FILE, better not beside the data directory"

@@ -17,9 +17,17 @@ from typing import TYPE_CHECKING, Annotated, Final, Literal
 from cyclopts import App, Parameter
 
 from minikms.api.errors import KmsError
-from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
+from minikms.cli.console import DaemonFlags, Json, Yes, complain
 from minikms.cli.key_text import key_text
-from minikms.commands.output import Progress, confirm, counted, print_json, print_result, print_table, progress_bar
+from minikms.commands.output import (
+    Progress,
+    Table,
+    confirm,
+    counted,
+    print_json,
+    print_result,
+    progress_bar,
+)
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -48,8 +56,7 @@ def rotate_kek(
             "normal. It also changes the priority of a rotation that runs.",
         ),
     ] = None,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
     json: Json = False,
 ) -> int:
@@ -59,7 +66,7 @@ def rotate_kek(
     interrupt the rotation. Run it again to watch one that is running, with the same file if it changes the root.
     Exit status: 0 done, 1 refused or keys are left that can't be read, 2 the daemon or the file is missing.
     """
-    with daemon_client(socket, server_uid) as kms, key_text(new_master_key_file) as text:
+    with daemon.client() as kms, key_text(new_master_key_file) as text:
         before = kms.status()
         count = sum(before.keys.by_state.values())
         what = "Change the root key, rotate the KEK" if text else "Rotate the KEK"
@@ -130,24 +137,21 @@ def _report(kms: Client, progress: Progress, ended: threading.Event) -> None:
 
 
 @app.command(name="list")
-def list_keks(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+def list_keks(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> None:
     """List the KEK versions and how many keys each wraps."""
-    with daemon_client(socket, server_uid) as kms:
+    from msgspec.structs import asdict
+
+    with daemon.client() as kms:
         status = kms.status()
     wrapped = status.keys.by_kek_version
     keks = [(kek, wrapped.get(str(kek.version), 0)) for kek in status.keks]
-    if json:
-        import msgspec
-
-        rows = [{**msgspec.structs.asdict(kek), "keys": count} for kek, count in keks]
-        print_json({"keks": rows, "complete": not status.keys.indexing})
-        return EXIT_GOOD
-    print_table(
+    page = {"keks": [{**asdict(kek), "keys": count} for kek, count in keks], "complete": not status.keys.indexing}
+    table = Table(
         ("version", "state", "created", "keys"),
         ((kek.version, kek.state, kek.created_at, f"{count:,}") for kek, count in keks),
         right=("version", "keys"),
     )
-    return EXIT_GOOD
+    print_result(page, table, json=json)
 
 
 @app.command
@@ -166,8 +170,7 @@ def prune(
         str | None,
         Parameter(name="--backups-before", help="First remove those older than this, as 20261124T150000 (UTC)."),
     ] = None,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
     json: Json = False,
 ) -> int:
@@ -175,9 +178,9 @@ def prune(
 
     Exit status: 0 none is left, 1 some are kept, with the reason of each.
     """
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
-        with progress_bar("reading keys", shown=not json) as progress, daemon_client(socket, server_uid) as other:
+        with progress_bar("reading keys", shown=not json) as progress, daemon.client() as other:
             ended = threading.Event()
             reporting = threading.Thread(target=_report, args=(other, progress, ended))
             if sys.stderr.isatty():

@@ -19,16 +19,22 @@ from minikms import api
 from minikms.api.printable import clean
 from minikms.cli.console import (
     DAEMON_WAIT_SECONDS,
+    DaemonFlags,
     Json,
-    ServerUid,
-    Socket,
     Yes,
     chosen_server_uids,
     chosen_socket,
     complain,
-    daemon_client,
 )
-from minikms.commands.output import confirm, print_facts, print_json, print_table, progress_bar, terminal
+from minikms.commands.output import (
+    Facts,
+    confirm,
+    print_json,
+    print_result,
+    print_table,
+    progress_bar,
+    terminal,
+)
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -54,14 +60,13 @@ def list_keys(
     limit: Annotated[
         int, Parameter(help="How many at most; 0: all.", validator=validators.Number(gte=0))
     ] = SHOWN_COUNT,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,
-) -> int:
+) -> None:
     """List keys, oldest first."""
     shown: list[api.KeyAnswer] = []
     more = indexing = False
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         for answer in _pages(kms, thread, state, limit):
             indexing = indexing or answer.indexing
             shown += answer.keys
@@ -71,7 +76,7 @@ def list_keys(
     shown = shown[:limit] if limit else shown
     if json:
         print_json({"keys": shown, "complete": not (more or indexing)})
-        return EXIT_GOOD
+        return
     if shown:
         print_table(
             ("key", "thread", "purpose", "state", "KEK", "created"),
@@ -85,7 +90,6 @@ def list_keys(
         notes.print(f"These are the first {len(shown)}; more with --limit N, all with --limit 0.", soft_wrap=True)
     if indexing:
         notes.print("The daemon has just started and is still reading files: some keys may be missing.", soft_wrap=True)
-    return EXIT_GOOD
 
 
 def _pages(kms: Client, thread: str | None, state: api.State | None, limit: int) -> Iterator[api.KeyListAnswer]:
@@ -100,24 +104,20 @@ def _pages(kms: Client, thread: str | None, state: api.State | None, limit: int)
 
 
 @app.command(name="show")
-def show_key(key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+def show_key(key_id: KeyId, *, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> None:
     """Show the thread, state and KEK version of one key."""
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         _print_key(kms.get_key(key_id), json=json)
-    return EXIT_GOOD
 
 
 @app.command
-def retire(
-    key_id: KeyId, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
-) -> int:
+def retire(key_id: KeyId, *, daemon: DaemonFlags = DaemonFlags(), yes: Yes = False, json: Json = False) -> None:
     """Retire a key: it only decrypts from then on. Data encrypted under it stays readable."""
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         before = kms.get_key(key_id)
         if before.state == "active":
             confirm(f"Retire {key_id} of thread {before.thread_id}? It will never encrypt again.", yes=yes)
         _print_key(kms.retire_key(key_id), json=json)
-    return EXIT_GOOD
 
 
 @app.command
@@ -130,8 +130,7 @@ def destroy(
     older_than: Annotated[
         str | None, Parameter(name="--older-than", help="Of those, the keys made before this time: 90d, 12h, 30m.")
     ] = None,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
     json: Json = False,
 ) -> int:
@@ -146,10 +145,11 @@ def destroy(
     if bool(key_ids) == by_filter:
         raise CommandError("name the keys, or choose them with --thread, --state or --older-than")
     if len(key_ids) == 1:
-        return _destroy_one(key_ids[0], socket=socket, server_uid=server_uid, yes=yes, json=json)
+        _destroy_one(key_ids[0], daemon, yes=yes, json=json)
+        return EXIT_GOOD
     chosen = list(dict.fromkeys(key_ids))
     made_before = None if older_than is None else time.time() - _age_seconds(older_than)
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         if by_filter:
             chosen = _retired_keys(kms, thread, made_before)
             if not chosen and thread is not None and older_than is None:
@@ -164,14 +164,14 @@ def destroy(
         )
     outcome = _Outcome([], [], [])
     try:
-        _destroy_all(chosen, outcome, socket=socket, server_uid=server_uid, bar=not json)
+        _destroy_all(chosen, outcome, daemon, bar=not json)
     finally:
         _print_outcome(outcome, json=json)
     return EXIT_FAILED if outcome.failed or outcome.not_tried else EXIT_GOOD
 
 
-def _destroy_one(key_id: str, *, socket: str | None, server_uid: int | None, yes: bool, json: bool) -> int:
-    with daemon_client(socket, server_uid) as kms:
+def _destroy_one(key_id: str, daemon: DaemonFlags, *, yes: bool, json: bool) -> None:
+    with daemon.client() as kms:
         if not yes:
             key = kms.get_key(key_id)
             confirm(
@@ -179,21 +179,16 @@ def _destroy_one(key_id: str, *, socket: str | None, server_uid: int | None, yes
                 yes=yes,
             )
         receipt = kms.destroy_key(key_id)
-    if json:
-        print_json(receipt)
-        return EXIT_GOOD
-    print_facts(
-        [
-            ("key", receipt.key_id),
-            ("state", receipt.state),
-            ("destroyed at", receipt.destroyed_at),
-            ("tombstone", f"{receipt.tombstone}, tag {receipt.tombstone_tag}"),
-            ("epoch", receipt.epoch),
-            ("backups removed", receipt.backups_removed),
-            ("archives that may still hold it", ", ".join(receipt.archives) or "none known"),
-        ]
-    )
-    return EXIT_GOOD
+    facts = [
+        ("key", receipt.key_id),
+        ("state", receipt.state),
+        ("destroyed at", receipt.destroyed_at),
+        ("tombstone", f"{receipt.tombstone}, tag {receipt.tombstone_tag}"),
+        ("epoch", receipt.epoch),
+        ("backups removed", receipt.backups_removed),
+        ("archives that may still hold it", ", ".join(receipt.archives) or "none known"),
+    ]
+    print_result(receipt, Facts(facts), json=json)
 
 
 class _KeyFailure(NamedTuple):
@@ -237,9 +232,7 @@ def _retired_keys(kms: Client, thread: str | None, made_before: float | None) ->
     return chosen
 
 
-def _destroy_all(
-    key_ids: Sequence[str], outcome: _Outcome, *, socket: str | None, server_uid: int | None, bar: bool
-) -> None:
+def _destroy_all(key_ids: Sequence[str], outcome: _Outcome, daemon: DaemonFlags, *, bar: bool) -> None:
     """Destroys the keys, several at a time, and adds each to the outcome. A key that fails stops no other; once the
     daemon does not answer, the rest is not tried.
     """
@@ -248,7 +241,7 @@ def _destroy_all(
     from minikms.api.errors import KmsError, KmsRefusedError
     from minikms.client import AsyncClient
 
-    server_uids = chosen_server_uids(server_uid)
+    server_uids = chosen_server_uids(daemon.server_uid)
     left = list(reversed(key_ids))
 
     async def work(client: AsyncClient) -> None:
@@ -270,7 +263,9 @@ def _destroy_all(
             progress(len(outcome.destroyed) + len(outcome.failed), len(key_ids))
 
     async def destroy_all() -> None:
-        async with AsyncClient(chosen_socket(socket), server_uids=server_uids, wait_s=DAEMON_WAIT_SECONDS) as client:
+        async with AsyncClient(
+            chosen_socket(daemon.socket), server_uids=server_uids, wait_s=DAEMON_WAIT_SECONDS
+        ) as client:
             await asyncio.gather(*(work(client) for _ in range(min(DESTROYED_AT_ONCE, len(key_ids)))))
 
     with progress_bar("destroying keys", shown=bar) as progress:
@@ -307,16 +302,12 @@ def _print_outcome(outcome: _Outcome, *, json: bool) -> None:
 
 
 def _print_key(key: api.KeyAnswer, *, json: bool) -> None:
-    if json:
-        print_json(key)
-        return
-    print_facts(
-        [
-            ("key", key.key_id),
-            ("thread", key.thread_id),
-            ("purpose", key.purpose),
-            ("state", key.state),
-            ("KEK version", key.kek_version),
-            ("created", key.created_at),
-        ]
-    )
+    facts = [
+        ("key", key.key_id),
+        ("thread", key.thread_id),
+        ("purpose", key.purpose),
+        ("state", key.state),
+        ("KEK version", key.kek_version),
+        ("created", key.created_at),
+    ]
+    print_result(key, Facts(facts), json=json)

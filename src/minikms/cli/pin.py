@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 from minikms.cli.console import PIN_VARIABLE, DataDir, Json, Yes, chosen_data_dir, complain, named_root
 from minikms.cli.replica import RequestFile, confirm_request, read_request
 from minikms.commands.output import confirm, print_json, print_result
-from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
+from minikms.commands.usage import EXIT_FAILED, CommandError, RootSource
 
 if TYPE_CHECKING:
     from minikms.roots.pin import PinFile
@@ -40,7 +40,7 @@ def add(
     pin: Pin = None,
     data_dir: DataDir = None,
     json: Json = False,
-) -> int:
+) -> None:
     """Add a root key to the pin file, which is made if there is none. The daemon reads it with --pin.
 
     The first root key must open the keyring, which shows the id of the keyring. A later root key may be named here
@@ -68,20 +68,19 @@ def add(
     if json:
         facts = {"pin": str(file.path), "keyring_id": keyring_id, "fingerprint": fingerprint}
         print_json({**facts, "new": done != "known", "replaced_damaged": done == "replaced", "opens": opens})
-        return EXIT_GOOD
+        return
     names = "named already" if done == "known" else "names"
     print(f"{file.path} {names} the root key {fingerprint} for keyring {keyring_id}.")
     if done == "replaced":
         complain("the file was damaged, and names only this root key now: add the others again")
     if not opens:
         print("It does not open the keyring yet: minikms root add SOURCE")
-    return EXIT_GOOD
 
 
 @app.command(name="add-host")
 def add_host(
     request: RequestFile, *, pin: Pin = None, data_dir: DataDir = None, yes: Yes = False, json: Json = False
-) -> int:
+) -> None:
     """Add a new host's request to the pin file. Then `minikms replica add` takes it; nothing opens here."""
     from minikms.datadir import read_keyring
     from minikms.keys import keyring, members
@@ -97,11 +96,10 @@ def add_host(
     file.add_host(asked.fingerprint, members.newcomer(asked).digest, body.keyring_id)
     lines = (f"{file.path} names the request of {asked.name}.", f"Next: minikms replica add {request}")
     print_result({"pin": str(file.path), "fingerprint": asked.fingerprint, "name": asked.name}, lines, json=json)
-    return EXIT_GOOD
 
 
 @app.command
-def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Yes = False, json: Json = False) -> int:
+def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Yes = False, json: Json = False) -> None:
     """Remove a root key from the pin file: then it opens no keyring at a start, and can't be added to one.
 
     Only the root key itself shows which pin is its own. Without it, add the other root keys to a new file. Exit status:
@@ -120,7 +118,6 @@ def remove(source: Source, *, pin: Pin = None, data_dir: DataDir = None, yes: Ye
         "If minikms root list still shows it, also run minikms root remove SLOT.",
     )
     print_result({"pin": str(file.path), "fingerprint": fingerprint, "removed": removed}, lines, json=json)
-    return EXIT_GOOD
 
 
 def _chosen(pin: Path | None, data_dir: str | None) -> tuple[PinFile, str]:

@@ -15,9 +15,9 @@ from cyclopts import App, Parameter
 
 from minikms.api import Role
 from minikms.api.printable import clean
-from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
+from minikms.cli.console import DaemonFlags, Json, complain
 from minikms.cli.serve import POLICY_VARIABLE
-from minikms.commands.output import counted, print_facts, print_json, print_result
+from minikms.commands.output import Facts, counted, print_json, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 from minikms.processes.flags import ALLOWED_UIDS_VARIABLE
 
@@ -95,10 +95,6 @@ def explain(
     allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE)
     uids = parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE) if allowed else None
     found = explained(FilePolicy(_read(named), uids), principal, wanted, thread, via)
-    status = EXIT_GOOD if found.decision == "allowed" else EXIT_FAILED
-    if json:
-        print_json(asdict(found))
-        return status
     facts = [("decision", found.decision if not found.code else f"{found.decision} ({found.code})")]
     facts += [
         (title, value)
@@ -115,22 +111,21 @@ def explain(
     ]
     facts += [("limit", text) for text in found.limits]
     facts += [("change", text) for text in found.what_would_change]
-    print_facts(facts)
-    return status
+    print_result(asdict(found), Facts(facts), json=json)
+    return EXIT_GOOD if found.decision == "allowed" else EXIT_FAILED
 
 
 @app.command(name="reload")
-def reload_policy(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+def reload_policy(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> None:
     """Let the running daemon read its policy file again.
 
     Requests that it is carrying out obey the new policy too. Exit status: 0 it is in force, 1 it is refused, and the
     policy before it stays in force, 2 the daemon does not answer.
     """
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         answer = kms.reload_policy()
     text = f"The policy is in force: generation {answer.generation}, SHA-256 {answer.sha256}"
     print_result(answer, text, json=json)
-    return EXIT_GOOD
 
 
 def _read(file: Path) -> Rules:

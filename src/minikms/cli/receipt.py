@@ -23,7 +23,6 @@ from minikms.audit.tree import ProofError
 from minikms.cli import audit, audit_tree
 from minikms.cli.console import DataDir, Json, chosen_data_dir, complain
 from minikms.commands.output import print_facts, print_json
-from minikms.commands.usage import EXIT_GOOD
 from minikms.keys.dek import check_key_id
 from minikms.platform.clock import rfc3339
 
@@ -36,7 +35,7 @@ def show(
     *,
     data_dir: DataDir = None,
     tiles: audit_tree.TreeDir = None,
-) -> int:
+) -> None:
     """Print the receipt of a destroyed key.
 
     It is the newest one in the audit log, as JSON. A daemon need not run. With --tiles it holds the proof that its line
@@ -64,7 +63,6 @@ def show(
         except NotInTreeError as error:
             complain(f"{error}, so the receipt has no proof yet")
     print(msgspec.json.encode(Receipt(receipt.VERSION, lines[-1].decode("ascii"), proof)).decode())
-    return EXIT_GOOD
 
 
 @app.command
@@ -81,7 +79,7 @@ def verify(
     witness: audit_tree.WitnessKeys = None,
     quorum: audit_tree.Quorum = None,
     json: Json = False,
-) -> int:
+) -> None:
     """Check the receipt of a destroyed key.
 
     One of the audit keys must have signed it. This needs no daemon and no log. With --log-key its line must be in the
@@ -109,7 +107,6 @@ def verify(
     else:
         print("The receipt is valid: the audit key has signed that the key was destroyed.")
         print_facts([(name.replace("_", " "), value) for name, value in facts.items()], indent=2)
-    return EXIT_GOOD
 
 
 def _place(found: Receipt, checker: ProofChecker | None) -> str:

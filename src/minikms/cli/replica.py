@@ -20,21 +20,25 @@ from cyclopts import App, Parameter
 
 from minikms.api.printable import clean
 from minikms.cli.console import (
+    DaemonFlags,
     DataDir,
+    DataFiles,
     Json,
-    MasterKeyFd,
-    MasterKeyFile,
-    Root,
-    ServerUid,
-    Socket,
     Yes,
     chosen_data_dir,
     chosen_key_file,
     complain,
-    daemon_client,
-    needed_root,
 )
-from minikms.commands.output import confirm, duration, name_list, print_facts, print_json, print_result, print_table
+from minikms.commands.output import (
+    Table,
+    confirm,
+    duration,
+    name_list,
+    print_facts,
+    print_json,
+    print_result,
+    print_table,
+)
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 
 if TYPE_CHECKING:
@@ -63,20 +67,16 @@ RequestFile = Annotated[Path, Parameter(help="The file that `minikms replica joi
 def init(
     *,
     name: Name,
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Make this host the first of several. The daemon is stopped; later it fills the empty database.
 
     Exit status: 0 done, 2 refused.
     """
     from minikms.offline import init_replica
 
-    directory = chosen_data_dir(data_dir)
-    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    directory, root = files.opened()
     member = init_replica(directory, root, name)
     lines = (
         f"{directory} is that of the host {member.name}, {member.member_id}, the first of several.",
@@ -84,19 +84,17 @@ def init(
         "minikms replica invite",
     )
     print_result({"data_dir": directory, "member_id": member.member_id, "name": member.name}, lines, json=json)
-    return EXIT_GOOD
 
 
 @app.command
 def invite(
     *,
     invitation: Annotated[Path, Parameter(help="The file to make.")] = Path("invite.json"),
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,
-) -> int:
+) -> None:
     """Make the invitation of a new host. It has no secret, and nothing is kept of it."""
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         made = kms.invite_replica()
     _write(invitation, made)
     lines = (
@@ -104,7 +102,6 @@ def invite(
         f"  minikms replica join --invitation {shlex.quote(invitation.name)} --name NAME",
     )
     print_result(made, lines, json=json)
-    return EXIT_GOOD
 
 
 @app.command
@@ -113,12 +110,9 @@ def join(
     invitation: Annotated[Path, Parameter(help="The file that `minikms replica invite` has made.")],
     name: Name,
     request: Annotated[Path, Parameter(help="The file to make.")] = Path("request.json"),
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Make the request of a new host.
 
     Its data directory is empty, and its root key stays here; a key file that does not exist is made. Exit status:
@@ -128,12 +122,12 @@ def join(
     from minikms.keys import members
     from minikms.offline import join_replica
 
-    directory = chosen_data_dir(data_dir, must_exist=False)
+    directory = chosen_data_dir(files.data_dir, must_exist=False)
     invited = _read(invitation, api.ReplicaInvitation)
     if os.path.lexists(request):
         raise CommandError(f"{request} exists already: name another file with --request")
-    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
-    asked = join_replica(directory, root, invited, name, key_file=chosen_key_file(master_key_file, master_key_fd))
+    root = files.root_key.required_provider(directory)
+    asked = join_replica(directory, root, invited, name, key_file=chosen_key_file(files.root_key))
     _write(request, asked)
     digest = members.newcomer(asked).digest
     lines = (
@@ -145,16 +139,13 @@ def join(
         f"  minikms-replicator fetch --data-dir {shlex.quote(directory)}",
     )
     print_result({"request": str(request), "member_id": asked.member_id, "digest": digest}, lines, json=json)
-    return EXIT_GOOD
 
 
 @app.command
-def add(
-    request: RequestFile, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
-) -> int:
+def add(request: RequestFile, *, daemon: DaemonFlags = DaemonFlags(), yes: Yes = False, json: Json = False) -> None:
     """Add a host. Compare the fingerprint with the one on its screen: its root key opens the keyring from then on."""
     asked = read_request(request)
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         confirm_request(asked, yes=yes)
         added = kms.add_replica(asked)
     lines = (
@@ -163,39 +154,32 @@ def add(
         "Next, on that host: minikms-replicator fetch; then start its daemon and minikms-replicator.",
     )
     print_result(added, lines, json=json)
-    return EXIT_GOOD
 
 
 @app.command(name="list")
-def list_hosts(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+def list_hosts(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> None:
     """List the hosts."""
     from minikms.api import MEMBER_SILENT_SECONDS
 
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         answer = kms.replica_status()
-    if json:
-        print_json(answer)
-        return EXIT_GOOD
     serving = next((one for one in answer.members if one.member_id == answer.serving), None)
     newest = max((one.number for one in answer.members), default=0)
-    print_table(
-        ("host", "name", "mode", "changes", "behind", "seen", "version", ""),
+    rows = (
         (
-            (
-                one.member_id,
-                one.name,
-                "silent" if one.version and one.seen_seconds > MEMBER_SILENT_SECONDS else one.mode,
-                one.number,
-                newest - one.number,
-                f"{duration(int(one.seen_seconds))} ago" if one.version else "never",
-                one.version,
-                _notes(one, serving),
-            )
-            for one in answer.members
-        ),
-        right=("changes", "behind"),
+            one.member_id,
+            one.name,
+            "silent" if one.version and one.seen_seconds > MEMBER_SILENT_SECONDS else one.mode,
+            one.number,
+            newest - one.number,
+            f"{duration(int(one.seen_seconds))} ago" if one.version else "never",
+            one.version,
+            _notes(one, serving),
+        )
+        for one in answer.members
     )
-    return EXIT_GOOD
+    titles = ("host", "name", "mode", "changes", "behind", "seen", "version", "")
+    print_result(answer, Table(titles, rows, right=("changes", "behind")), json=json)
 
 
 def _notes(one: api.MemberReport, serving: api.MemberReport | None) -> str:
@@ -213,13 +197,12 @@ def _notes(one: api.MemberReport, serving: api.MemberReport | None) -> str:
 def remove(
     host: Annotated[str, Parameter(help="The host, by its id or name in `minikms replica list`.")],
     *,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
     json: Json = False,
-) -> int:
+) -> None:
     """Remove a host and its root key. Keyring key and audit key are replaced at once, and the KEK is rotated."""
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         found = next((one for one in kms.replica_status().members if host in (one.member_id, one.name)), None)
         what = host if found is None else f"{found.name}, {found.member_id}"
         confirm(f"Remove the host {what}? Its root key can't be added again.", yes=yes)
@@ -234,7 +217,6 @@ def remove(
         "Next: stop that host's daemon and minikms-replicator, and take its account in the database away.",
     )
     print_result(removed, lines, json=json)
-    return EXIT_GOOD
 
 
 @app.command
@@ -249,15 +231,14 @@ def promote(
         ),
     ] = False,
     wait: Annotated[float, Parameter(name="--wait", help="Seconds to wait until this host serves.")] = PROMOTE_SECONDS,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
     json: Json = False,
 ) -> int:
     """Let this host take over from the one that serves. Exit status: 0 it serves, 1 not yet, or refused."""
     from minikms.api.errors import ConflictError
 
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         if replace_database:
             confirm(
                 "Fill an empty database with what this host has? What only another host has is lost: "
@@ -289,11 +270,11 @@ def promote(
 
 
 @app.command
-def status(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+def status(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> int:
     """Show the state of this host. Exit status: 0 it serves or follows, 1 it can't, 2 the daemon does not answer."""
     from minikms.api import REPLICATOR_SILENT_SECONDS
 
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         state = kms.replica_status()
     heard = state.heard_seconds
     works = not state.enabled or (
@@ -431,21 +412,17 @@ def _evidence(directory: str) -> api.ReplicaEvidence:
 @app.command
 def leave(
     *,
-    data_dir: DataDir = None,
-    master_key_file: MasterKeyFile = None,
-    root_source: Root = None,
+    files: DataFiles = DataFiles(),
     yes: Yes = False,
     json: Json = False,
-    master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Make this host the only one. Its daemon is stopped, and the data directory is then as any other.
 
     Exit status: 0 done, 2 refused.
     """
     from minikms.offline import leave_replica
 
-    directory = chosen_data_dir(data_dir)
-    root = needed_root(master_key_file, master_key_fd, root_source, data_dir=directory)
+    directory, root = files.opened()
     confirm(
         "Go on with this host alone? Daemon and replicator of every other host must be stopped for good: this can't be "
         "checked here, and two that serve would answer with different keys.",
@@ -458,7 +435,6 @@ def leave(
         "open the keyring: minikms root list, minikms root remove.",
     )
     print_result({"data_dir": directory, "member_id": left.member_id, "number": left.number}, lines, json=json)
-    return EXIT_GOOD
 
 
 def read_request(path: Path) -> api.AddReplicaRequest:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
 
-from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
+from minikms.cli.console import DaemonFlags, Json, Yes, complain
 from minikms.cli.recovery import SharesDir, add_shares, check_can_hand_out, check_can_pin
-from minikms.commands.output import confirm, print_json, print_result, print_table
+from minikms.commands.output import Table, confirm, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, RootSource
 
 if TYPE_CHECKING:
@@ -33,21 +33,16 @@ Slot = Annotated[str, Parameter(help="The slot of the root key, as `minikms root
 
 
 @app.command(name="list")
-def list_roots(*, socket: Socket = None, server_uid: ServerUid = None, json: Json = False) -> int:
+def list_roots(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> None:
     """List the root keys that open the keyring, and the removed ones whose revocation has not ended."""
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         answer = kms.list_roots()
-    if json:
-        print_json(answer)
-        return EXIT_GOOD
-    print_table(
-        ("slot", "fingerprint", "provider", "state", "created", "tested", ""),
-        (
-            (root.slot_id, root.fingerprint, root.provider, root.state, root.created_at, root.tested_at, _notes(root))
-            for root in answer.roots
-        ),
+    rows = (
+        (root.slot_id, root.fingerprint, root.provider, root.state, root.created_at, root.tested_at, _notes(root))
+        for root in answer.roots
     )
-    return EXIT_GOOD
+    titles = ("slot", "fingerprint", "provider", "state", "created", "tested", "")
+    print_result(answer, Table(titles, rows), json=json)
 
 
 def _notes(root: api.RootAnswer) -> str:
@@ -74,11 +69,10 @@ def add(
         Path | None,
         Parameter(name="--pin", help="With shares:3/5 and as root: name the new root key in this pin file first."),
     ] = None,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
     json: Json = False,
-) -> int:
+) -> None:
     """Add a root key that opens the keyring beside the others. It is proved to open it before it is stored.
 
     Shares are shown once, on the terminal, or written to files of --shares-dir.
@@ -87,17 +81,17 @@ def add(
 
     counts = _share_counts(source)
     if counts is not None:
-        return _add_in_shares(counts, shares_dir, pin, socket, server_uid, yes=yes, json=json)
+        _add_in_shares(counts, shares_dir, pin, daemon, yes=yes, json=json)
+        return
     if shares_dir is not None or pin is not None:
         raise CommandError(
             "--shares-dir and --pin go with shares: say how many with the source shares:3/5. For another source, run "
             "`minikms pin add SOURCE` first"
         )
-    with source_text(source) as (text, provider), daemon_client(socket, server_uid) as kms:
+    with source_text(source) as (text, provider), daemon.client() as kms:
         added = kms.add_root(text, provider=provider)
     said = f"Slot {added.slot_id}: the root key {added.fingerprint} opens the keyring too. Keep a copy elsewhere."
     print_result(added, said, json=json)
-    return EXIT_GOOD
 
 
 def _share_counts(source: str) -> tuple[int, int] | None:
@@ -112,16 +106,15 @@ def _add_in_shares(
     counts: tuple[int, int],
     directory: Path | None,
     pin: Path | None,
-    socket: str | None,
-    server_uid: int | None,
+    daemon: DaemonFlags,
     *,
     yes: bool,
     json: bool,
-) -> int:
+) -> None:
     check_can_hand_out(directory)
     if pin is not None:
         check_can_pin(pin)
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         added, made = add_shares(kms, counts, directory, pin, yes=yes)
     lines = [
         f"Slot {added.slot_id}: any {made.threshold} of {made.count} shares of the set {made.set_id} open the keyring."
@@ -130,7 +123,6 @@ def _add_in_shares(
         lines.append(f"They are in {directory}, one file a share: give each to another person, and remove it here.")
     lines.append(f"Test them from time to time: minikms root test {added.slot_id} --root shares:")
     print_result(added, lines, json=json)
-    return EXIT_GOOD
 
 
 @app.command
@@ -140,8 +132,7 @@ def test(
     root: Annotated[
         str, Parameter(name="--root", help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares.")
     ],
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,
 ) -> int:
     """Prove that a root key opens the keyring. A root key can be removed only if another one was tested recently.
@@ -150,25 +141,22 @@ def test(
     """
     from minikms.cli.key_text import source_text
 
-    with source_text(root) as (text, _), daemon_client(socket, server_uid) as kms:
+    with source_text(root) as (text, _), daemon.client() as kms:
         tested = kms.test_root(slot, text)
     said = f"The root key {tested.fingerprint} opens slot {tested.slot_id}: tested at {tested.tested_at}."
     print_result(tested, said, json=json)
     if tested.pinned is False:
         complain("it is not pinned, so no start or unseal accepts it: as root, minikms pin add SOURCE")
-        return EXIT_FAILED
-    return EXIT_GOOD
+    return EXIT_FAILED if tested.pinned is False else EXIT_GOOD
 
 
 @app.command
-def remove(
-    slot: Slot, *, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False
-) -> int:
+def remove(slot: Slot, *, daemon: DaemonFlags = DaemonFlags(), yes: Yes = False, json: Json = False) -> None:
     """Remove a root key. Keyring key and audit key are replaced at once, and a rotation of the KEK follows by itself.
 
     Until that has ended, `minikms root list` shows the root key as `revoking`.
     """
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         found = next((root for root in kms.list_roots().roots if root.slot_id == slot), None)
         what = f"slot {slot}" if found is None else f"slot {slot}, the root key {found.fingerprint} ({found.provider})"
         if found is not None and found.in_use:
@@ -180,4 +168,3 @@ def remove(
         "The KEK is being rotated, so that it opens no key either: minikms root list shows when that has ended.",
     )
     print_result(removed, lines, json=json)
-    return EXIT_GOOD

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 from cyclopts import Parameter
 
 from minikms.api.printable import clean
-from minikms.cli.console import Json, ServerUid, Socket, Yes, complain, daemon_client
-from minikms.commands.output import confirm, print_facts, print_json
+from minikms.cli.console import DaemonFlags, Json, Yes, complain
+from minikms.commands.output import Facts, confirm, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD
 
 if TYPE_CHECKING:
@@ -28,21 +28,20 @@ ARENA_SLOTS: Final = 16
 _BLANKS: Final = b" \t\r"
 
 
-def seal(*, socket: Socket = None, server_uid: ServerUid = None, yes: Yes = False, json: Json = False) -> int:
+def seal(*, daemon: DaemonFlags = DaemonFlags(), yes: Yes = False, json: Json = False) -> None:
     """Zero every key of the running daemon at once.
 
     The daemon then serves nothing until `minikms unseal`, even after a restart.
     Exit status: 0 sealed, 1 refused, or sealed but a restart would not stay sealed, 2 the daemon does not answer.
     """
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         confirm("Zero every key? Every request is refused until somebody unseals the key service.", yes=yes)
         answer = kms.seal()
-    if json:
-        print_json(answer)
-    else:
-        print(f"Sealed since {clean(answer.since)}: the daemon has no key in its memory, and a restart stays sealed.")
-        print("It serves again after: minikms unseal")
-    return EXIT_GOOD
+    lines = (
+        f"Sealed since {answer.since}: the daemon has no key in its memory, and a restart stays sealed.",
+        "It serves again after: minikms unseal",
+    )
+    print_result(answer, lines, json=json)
 
 
 def unseal(
@@ -53,8 +52,7 @@ def unseal(
     status: Annotated[
         bool, Parameter(help="Show whether it is sealed, and which shares it has.", negative=(), show_default=False)
     ] = False,
-    socket: Socket = None,
-    server_uid: ServerUid = None,
+    daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,
 ) -> int:
     """Give a sealed daemon a share of the root key, or the root key itself.
@@ -66,18 +64,13 @@ def unseal(
     For example:
         minikms unseal --from-source
     """
-    with daemon_client(socket, server_uid) as kms:
+    with daemon.client() as kms:
         state = kms.unseal_status()
         if state.sealed and not status:
             state = kms.unseal() if from_source else _ask_until_unsealed(kms, state, quiet=json)
-    if json:
-        print_json(state)
-    elif status and state.sealed:
-        print_facts(_facts(state))
-    elif state.sealed:
-        print("The key service is still sealed.")
-    else:
-        print("The key service is not sealed: it serves.")
+    verdict = "still sealed." if state.sealed else "not sealed: it serves."
+    text = Facts(_facts(state)) if status and state.sealed else f"The key service is {verdict}"
+    print_result(state, text, json=json)
     return EXIT_FAILED if state.sealed else EXIT_GOOD
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final, Literal, NoReturn
 
@@ -21,6 +22,7 @@ from minikms.cli.console import (
     DataDir,
     MasterKeyFd,
     Root,
+    RootKey,
     chosen_data_dir,
     chosen_socket,
     chosen_source,
@@ -42,6 +44,89 @@ ROOT_LEASE_SECONDS_MIN: Final = 30
 """More than one question takes."""
 UNSHIPPED_LINES_MIN: Final = 100
 """An auditor that works takes lines about ten seconds after they were written."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PlainFlags:
+    """The flags that the daemon gets as they are, under the names of `Flags`."""
+
+    socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600"
+    socket_group: Annotated[str | None, Parameter(help="Group that the socket belongs to.")] = None
+    make_socket_dir: Annotated[
+        bool,
+        Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.", negative=()),
+    ] = False
+    audit_dir: AuditDir = None
+    refuse_when_unshipped: Annotated[
+        int | None,
+        Parameter(
+            help="Use no key while the auditor has not taken more lines of the audit log than this.",
+            validator=validators.Number(gte=UNSHIPPED_LINES_MIN),
+        ),
+    ] = None
+    audit_fsync: Annotated[
+        Literal["never", "interval", "turn"],
+        Parameter(
+            help="When audit lines are synced: never (but every 8 MiB), interval (100 ms), turn.", show_choices=False
+        ),
+    ] = "interval"
+    cache_keys: Annotated[
+        int | None,
+        # At least two: a re-encryption opens the old and the new key.
+        Parameter(help="Maximum number of unwrapped keys in locked memory.", validator=validators.Number(gte=2)),
+    ] = None
+    require_hardening: Annotated[
+        bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
+    ] = False
+    rewritable: Annotated[
+        bool,
+        Parameter(
+            name="--rewrite-master-key-file",
+            help="A rotation to a new root key also writes it to the root key file.",
+            negative=(),
+        ),
+    ] = False
+    sealed: Annotated[
+        bool, Parameter(help="Start without keys, and serve after `minikms unseal` only.", negative=())
+    ] = False
+    log_format: LogFormat = "console"
+    accept_audit_loss: Annotated[
+        bool,
+        Parameter(
+            help="Begin a new audit log if the old one is missing or altered; the old one is renamed.", negative=()
+        ),
+    ] = False
+    accept_restore: Annotated[
+        bool,
+        Parameter(help="Start once with a keyring that is older than the audit log.", negative=()),
+    ] = False
+    expect_audit_head: Annotated[
+        str | None,
+        Parameter(help="SEQ:SIG of an earlier audit line: refuse to start if the log does not contain it."),
+    ] = None
+    audit_hash_thread_ids: Annotated[
+        bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
+    ] = False
+    audit_segment_mib: Annotated[
+        int, Parameter(help="Close a file of the audit log at this size.", validator=validators.Number(gte=1))
+    ] = 1024
+    audit_segment_days: Annotated[
+        int, Parameter(help="Close a file of the audit log at this age.", validator=validators.Number(gte=1))
+    ] = 30
+    audit_keep_mib: Annotated[
+        int,
+        Parameter(
+            help="Delete the oldest closed files while the closed files exceed this size; 0 keeps all.",
+            validator=validators.Number(gte=0),
+        ),
+    ] = 0
+    audit_keep_days: Annotated[
+        int,
+        Parameter(
+            help="Never delete a file that was closed fewer days ago than this.", validator=validators.Number(gte=0)
+        ),
+    ] = 90
 
 
 def serve(
@@ -102,77 +187,7 @@ def serve(
             "--admin-uids."
         ),
     ] = None,
-    socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600",
-    socket_group: Annotated[str | None, Parameter(help="Group that the socket belongs to.")] = None,
-    make_socket_dir: Annotated[
-        bool,
-        Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.", negative=()),
-    ] = False,
-    audit_dir: AuditDir = None,
-    refuse_when_unshipped: Annotated[
-        int | None,
-        Parameter(
-            help="Use no key while the auditor has not taken more lines of the audit log than this.",
-            validator=validators.Number(gte=UNSHIPPED_LINES_MIN),
-        ),
-    ] = None,
-    audit_fsync: Annotated[
-        Literal["never", "interval", "turn"],
-        Parameter(
-            help="When audit lines are synced: never (but every 8 MiB), interval (100 ms), turn.", show_choices=False
-        ),
-    ] = "interval",
-    cache_keys: Annotated[
-        int | None,
-        # At least two: a re-encryption opens the old and the new key.
-        Parameter(help="Maximum number of unwrapped keys in locked memory.", validator=validators.Number(gte=2)),
-    ] = None,
-    require_hardening: Annotated[
-        bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
-    ] = False,
-    rewrite_master_key_file: Annotated[
-        bool, Parameter(help="A rotation to a new root key also writes it to the root key file.", negative=())
-    ] = False,
-    sealed: Annotated[
-        bool, Parameter(help="Start without keys, and serve after `minikms unseal` only.", negative=())
-    ] = False,
-    log_format: LogFormat = "console",
-    accept_audit_loss: Annotated[
-        bool,
-        Parameter(
-            help="Begin a new audit log if the old one is missing or altered; the old one is renamed.", negative=()
-        ),
-    ] = False,
-    accept_restore: Annotated[
-        bool,
-        Parameter(help="Start once with a keyring that is older than the audit log.", negative=()),
-    ] = False,
-    expect_audit_head: Annotated[
-        str | None,
-        Parameter(help="SEQ:SIG of an earlier audit line: refuse to start if the log does not contain it."),
-    ] = None,
-    audit_hash_thread_ids: Annotated[
-        bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
-    ] = False,
-    audit_segment_mib: Annotated[
-        int, Parameter(help="Close a file of the audit log at this size.", validator=validators.Number(gte=1))
-    ] = 1024,
-    audit_segment_days: Annotated[
-        int, Parameter(help="Close a file of the audit log at this age.", validator=validators.Number(gte=1))
-    ] = 30,
-    audit_keep_mib: Annotated[
-        int,
-        Parameter(
-            help="Delete the oldest closed files while the closed files exceed this size; 0 keeps all.",
-            validator=validators.Number(gte=0),
-        ),
-    ] = 0,
-    audit_keep_days: Annotated[
-        int,
-        Parameter(
-            help="Never delete a file that was closed fewer days ago than this.", validator=validators.Number(gte=0)
-        ),
-    ] = 90,
+    plain: PlainFlags = PlainFlags(),
     master_key_fd: MasterKeyFd = None,
     parent_fd: Annotated[int | None, Parameter(show=False)] = None,
 ) -> NoReturn:
@@ -184,19 +199,20 @@ def serve(
     if socket is None and "," in path:
         raise StartError("the variable of the socket names several, and this serves on one: give --socket")
     directory = chosen_data_dir(data_dir, must_exist=False)
-    root = chosen_source(master_key_file, master_key_fd, root_source, rewritable=rewrite_master_key_file)
+    root = chosen_source(RootKey(master_key_file, root_source, master_key_fd), rewritable=plain.rewritable)
     if root is None:
         if not dev:
             raise StartError(_no_root_text(directory))
         root = "dev:"
     policy_file = policy or os.environ.get(POLICY_VARIABLE)
     pin_file = pin or os.environ.get(PIN_VARIABLE)
-    if audit_dir is not None and audit_fsync == "never":
+    if plain.audit_dir is not None and plain.audit_fsync == "never":
         raise StartError("--audit-dir is for an auditor, which takes durable lines only: not with --audit-fsync never")
-    if refuse_when_unshipped is not None and audit_dir is None:
+    if plain.refuse_when_unshipped is not None and plain.audit_dir is None:
         raise StartError("--refuse-when-unshipped needs --audit-dir: without it no auditor can take a line")
     if root_lease is not None and not root.startswith("unlock:"):
         raise StartError("--root-lease is for a root key of the unlock service: give --root unlock:SOCKET")
+    audit_dir = None if plain.audit_dir is None else os.path.abspath(plain.audit_dir)
     built = build()
     become_daemon(
         Flags(
@@ -204,7 +220,6 @@ def serve(
             data_dir=directory,
             root=root,
             key_owner=key_file_owner(master_key_owner),
-            rewritable=rewrite_master_key_file,
             unlock_uids=unlock_uids or os.environ.get(UNLOCK_UIDS_VARIABLE) or UNLOCK_UIDS,
             root_lease=root_lease,
             pin=os.path.abspath(pin_file) if pin_file else None,
@@ -214,26 +229,9 @@ def serve(
             or ("" if policy_file else str(os.geteuid())),
             admin_uids=admin_uids or os.environ.get(ADMIN_UIDS_VARIABLE) or "",
             parent_fd=parent_fd,
-            sealed=sealed,
-            socket_mode=socket_mode,
-            socket_group=socket_group,
-            make_socket_dir=make_socket_dir,
-            require_hardening=require_hardening,
-            accept_restore=accept_restore,
-            accept_audit_loss=accept_audit_loss,
-            expect_audit_head=expect_audit_head,
-            audit_dir=None if audit_dir is None else os.path.abspath(audit_dir),
-            refuse_when_unshipped=refuse_when_unshipped,
-            audit_fsync=audit_fsync,
-            audit_hash_thread_ids=audit_hash_thread_ids,
-            audit_segment_mib=audit_segment_mib,
-            audit_segment_days=audit_segment_days,
-            audit_keep_mib=audit_keep_mib,
-            audit_keep_days=audit_keep_days,
-            cache_keys=cache_keys,
-            log_format=log_format,
             version=built.version,
             commit=built.commit,
+            **vars(plain) | {"audit_dir": audit_dir},
         ),
         sys.argv[1:],
     )

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from minikms.commands.usage import EXIT_FAILED, CommandError
 
@@ -40,10 +40,31 @@ def print_json(value: object) -> None:
     print(as_json(value))
 
 
-def print_result(value: object, text: str | Iterable[str], *, json: bool) -> None:
-    """The value as JSON, or the text or its lines. A line may quote others: it stays one line."""
+class Table(NamedTuple):
+    """Rows of cells below their titles. `right`: the titles of the columns of numbers."""
+
+    titles: Sequence[str]
+    rows: Iterable[Sequence[object]]
+    right: Sequence[str] = ()
+
+
+class Facts(NamedTuple):
+    """Names with their values, and how far their lines are indented."""
+
+    pairs: Iterable[tuple[str, object]]
+    indent: int = 0
+
+
+def print_result(value: object, text: str | Iterable[str] | Table | Facts, *, json: bool) -> None:
+    """The value as JSON, or the table, the facts, the text or its lines. A line may quote others: it stays one line."""
     if json:
         print_json(value)
+        return
+    if isinstance(text, Table):
+        print_table(*text)
+        return
+    if isinstance(text, Facts):
+        print_facts(text.pairs, indent=text.indent)
         return
     from minikms.api.printable import clean
 
@@ -59,7 +80,7 @@ def terminal(*, errors: bool = False) -> Console:
     return Console(stderr=errors, highlight=False, markup=False, emoji=False, width=width)
 
 
-def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()) -> None:
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[str] = ()) -> None:
     from rich.table import Table
     from rich.text import Text
 

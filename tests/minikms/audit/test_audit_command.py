@@ -21,6 +21,7 @@ from minikms.api.errors import KmsRefusedError
 from minikms.audit import AuditLog, Event, ExpectedLog
 from minikms.audit.queries import READ_TYPES
 from minikms.cli import audit
+from minikms.cli.console import DataFiles, RootKey
 from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource
 from minikms.custody.keyring_file import KeyringFile
@@ -212,8 +213,13 @@ def test_missing_inputs_exit_2_with_one_sentence(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, flags: dict[str, object], text: str
 ) -> None:
     places = {"DATA": str(made), "EMPTY": str(tmp_path)}
-    given = {flag: places.get(value, value) if isinstance(value, str) else value for flag, value in flags.items()}
-    assert getattr(audit, name)(**given) == 2
+    arguments: dict[str, Any] = {
+        flag: places.get(value, value) if isinstance(value, str) else value for flag, value in flags.items()
+    }
+    if name in ("verify", "rotate_key"):
+        root_key = RootKey(arguments.pop("master_key_file", None))
+        arguments["files"] = DataFiles(arguments.pop("data_dir", None), root_key)
+    assert getattr(audit, name)(**arguments) == 2
     output, errors = capsys.readouterr()
     assert output == ""
     assert text in errors and errors.startswith("minikms: ") and errors.count("\n") == 1
@@ -238,7 +244,7 @@ def test_a_log_can_not_send_commands_to_the_terminal(data_dir: Path, capsys: pyt
     directory = str(data_dir)
     audit.tail(data_dir=directory)
     audit.tail(data_dir=directory, json=True)
-    audit.verify(data_dir=directory)
+    audit.verify(files=DataFiles(directory))
     output = capsys.readouterr().out
     assert "byte 0x1b at offset 0" in output
     assert "\x1b" not in output and "owned" not in output

@@ -7,6 +7,7 @@ import pytest
 
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.cli.backup import create, prune, verify
+from minikms.cli.console import DataFiles, RootKey
 from minikms.custody.archive_register import ArchiveRegister
 from tests.harness.disk_faults import failing
 from tests.harness.vaults import key_file, opened_vault
@@ -30,7 +31,7 @@ async def test_each_archive_that_is_left_is_in_the_register(
         with monkeypatch.context() as patch:
             patch.setattr(os, call, failing(getattr(os, call), at=at, times=times))
             try:
-                status = create(archive, data_dir=str(directory), master_key_file=key)
+                status = create(archive, files=DataFiles(str(directory), RootKey(key)))
             except (KmsRefusedError, OSError):
                 assert status is None
         said = capsys.readouterr().err
@@ -40,7 +41,7 @@ async def test_each_archive_that_is_left_is_in_the_register(
         if status is None:
             assert not found or (entry is not None and not entry.ended_ms)
         else:
-            assert verify(archive, master_key_file=key) == 0
+            verify(archive, files=DataFiles(root_key=RootKey(key)))
             assert entry is not None
             assert entry.ended_ms or status == 1
             assert ("the archive is made and good" in said) is (status == 1)
@@ -60,5 +61,5 @@ def test_a_backup_of_no_data_directory_leaves_nothing_there(tmp_path: Path) -> N
     directory = tmp_path / "empty"
     directory.mkdir(0o700)
     with pytest.raises(StartError, match="no keyring"):
-        create(tmp_path / "archive", data_dir=str(directory), master_key_file=key)
+        create(tmp_path / "archive", files=DataFiles(str(directory), RootKey(key)))
     assert not list(directory.iterdir())

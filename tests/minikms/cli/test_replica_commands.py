@@ -11,7 +11,7 @@ import pytest
 
 from minikms import api
 from minikms.api.errors import ConflictError, StandbyError
-from minikms.cli import replica
+from minikms.cli import console, replica
 from minikms.cli.console import explained
 from minikms.commands.usage import CommandError
 from minikms.crypto.slots import SEALED_BYTES, Newcomer
@@ -78,7 +78,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Answers:
         def client(*_: object) -> Iterator[Daemon]:
             yield daemon
 
-        monkeypatch.setattr(replica, "daemon_client", client)
+        monkeypatch.setattr(console, "daemon_client", client)
         return daemon
 
     return use
@@ -90,7 +90,7 @@ def state(mode: api.Mode, **changes: Any) -> api.ReplicaStatusAnswer:
 
 def test_the_list_shows_lag_and_differences(answers: Answers, capsys: pytest.CaptureFixture[str]) -> None:
     answers()
-    assert replica.list_hosts() == 0
+    replica.list_hosts()
     title, first, second = (line.split() for line in capsys.readouterr().out.splitlines())
     assert title[:6] == ["host", "name", "mode", "changes", "behind", "seen"]
     assert first == ["m1", "a", "serving", "1200", "0", "1", "s", "ago", "1.0"]
@@ -102,7 +102,7 @@ def test_the_mode_of_a_host_that_reports_no_more_is_silent(
 ) -> None:
     lost, other = STATUS.members
     answers(state("following", members=[msgspec.structs.replace(lost, seen_seconds=31.0), other]))
-    assert replica.list_hosts() == 0
+    replica.list_hosts()
     assert [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]] == ["silent", "following"]
 
 
@@ -110,7 +110,8 @@ def test_a_host_is_removed_by_its_name_or_id(answers: Answers, capsys: pytest.Ca
     daemon = answers()
     with pytest.raises(CommandError, match="--yes"):
         replica.remove("b")
-    assert replica.remove("b", yes=True) == replica.remove("m5", yes=True) == 0
+    replica.remove("b", yes=True)
+    replica.remove("m5", yes=True)
     assert "Its root key 0000000000000000 opens no later keyring" in capsys.readouterr().out
     replica.remove("m9", yes=True)  # which has never reported, and whose root key was removed before
     assert "look for a later one" in capsys.readouterr().out
@@ -245,7 +246,7 @@ def test_a_host_is_added_after_its_fingerprint_was_confirmed(
     with pytest.raises(CommandError, match="--yes"):
         replica.add(file)
     assert daemon.asked == []
-    assert replica.add(file, yes=True) == 0
+    replica.add(file, yes=True)
     assert daemon.asked == [REQUEST]
     assert "minikms-replicator fetch" in capsys.readouterr().out
 
@@ -262,7 +263,7 @@ def test_what_is_no_request_is_refused(answers: Answers, tmp_path: Path, content
 def test_an_invitation_becomes_a_file_that_is_never_overwritten(answers: Answers, tmp_path: Path) -> None:
     answers()
     file = tmp_path / "invite.json"
-    assert replica.invite(invitation=file) == 0
+    replica.invite(invitation=file)
     text = file.read_text()
     assert json.loads(text)["member_id"] == "m5"
     with pytest.raises(CommandError, match="exists already"):
