@@ -20,7 +20,6 @@ from minikms_gateway.transit.system import LOGIN_BYTES_MAX, Login
 from minikms_gateway.transit.wire import TransitBody, VaultError, decode, error_response
 
 API: Final = "/v1/"
-LOGIN: Final = "auth/jwt/login"
 MTLS_TOKEN: Final = "mtls"  # noqa: S105  no secret: it says that the certificate is the credential
 """The text in place of a token, beside a client certificate, for clients that insist on one."""
 _WRITE: Final = ("POST", "PUT")
@@ -28,7 +27,7 @@ _TRUE: Final = frozenset({"1", "t", "T", "true", "TRUE", "True"})
 
 
 class TransitOperation(NamedTuple):
-    """`path`: below the API or, with `{mount}`, below the mount; `{}` is a name of a key, `{count}` a number."""
+    """`path`: below the API or, with `{mount}`, below the mount; `{}` is a name, `{count}` a number."""
 
     methods: tuple[str, ...]
     path: str
@@ -63,14 +62,14 @@ OPERATIONS: Final = (
     TransitOperation(("GET",), "sys/seal-status", TransitBody, system.seal_status),
     TransitOperation(("GET", *_WRITE), "auth/token/lookup-self", TransitBody, system.lookup_self),
     TransitOperation(_WRITE, "auth/token/renew-self", TransitBody, system.renew_self),
-    TransitOperation(_WRITE, LOGIN, Login, system.login),
+    TransitOperation(_WRITE, "auth/{}/login", Login, system.login),  # any mount: the client chooses it
 )
 _TABLE: Final = {
     path: {method: entry for entry in OPERATIONS if entry.path == path for method in entry.methods}
     for path in dict.fromkeys(entry.path for entry in OPERATIONS)
 }
-_NAME_PLACES: Final = (2, 3)
-"""The segments, behind the mount's, that may be a name."""
+_NAME_PLACES: Final = (1, 2, 3)
+"""The segments that may be a name: of the mount of a login, or of a key."""
 
 
 class Transit:
@@ -103,7 +102,8 @@ class Transit:
     @staticmethod
     def is_login(head: ParsedHead) -> bool:
         """Whether the credential is in the body, which is bounded. Raises VaultError."""
-        if head.path != API + LOGIN or head.method not in _WRITE:
+        first, *rest = head.path.removeprefix(API).split("/")
+        if head.method not in _WRITE or first != "auth" or rest[1:] != ["login"] or NAME.fullmatch(rest[0]) is None:
             return False
         if head.chunked or head.content_length > LOGIN_BYTES_MAX:
             raise VaultError("the body of a login is too large, or of unknown length", 413)

@@ -31,9 +31,9 @@ class Exchange(NamedTuple):
 
 
 class Recording(NamedTuple):
-    """`shows`: a client certificate alone, one beside the token `mtls`, or a token."""
+    """`shows`: a client certificate alone, one beside the token `mtls`, a token, or the token that a login answers."""
 
-    shows: Literal["certificate", "mtls", "token"]
+    shows: Literal["certificate", "mtls", "token", "login"]
     headers: tuple[str, ...]
     exchanges: tuple[Exchange, ...]
 
@@ -100,6 +100,11 @@ _SPRING_KEY: Final[dict[str, Any]] = {
 }  # fmt: skip
 RECORDINGS: Final = {
     "sops hcvault/keysource.go": Recording("certificate", GO, _two("sops")),
+    "Flux kustomize-controller internal/decryptor/decryptor.go vaultLogin, then sops": Recording("login", GO, (
+        post("keys/flux"),
+        put("encrypt/flux", {"plaintext": HI}, "secret", ciphertext=str),
+        put("decrypt/flux", {"ciphertext": "{secret}"}, plaintext=HI),
+    )),
     "gocloud secrets/hashivault/vault.go": Recording("certificate", GO, _two("gocloud")),
     "Tink integration/hcvault/hcvault_aead.go": Recording("mtls", GO, (
         post("keys/tink"),

@@ -50,7 +50,7 @@ NOT_OURS = [
     *(f"{name}/ours-key" for name in ("backup", "export/encryption-key", "sign", "restore")),
     *(f"keys/ours-key/{name}" for name in ("import", "import_version", "soft-delete", "retire", "destroy", "{}")),
     *(f"/v1/sys/{name}" for name in ("seal", "unseal", "rotate", "step-down", "mounts/transit", "policy/x", "raw/x")),
-    *(f"/v1/auth/{name}" for name in ("token/create", "token/revoke-self", "cert/login", "approle/login")),
+    *(f"/v1/auth/{name}" for name in ("token/create", "token/revoke-self", "a/b/login", "userpass/login/x", "login")),
 ]
 
 

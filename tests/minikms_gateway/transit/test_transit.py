@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from minikms_gateway.transit.keyring import NAME_CHARS_MAX
 from tests.harness.callers import Caller, Reply
 from tests.harness.gateways import GATEWAY, POLICY, Pair
 from tests.harness.tokens import OIDC_TABLE, TokenIssuer
@@ -279,11 +280,20 @@ def test_nobody_is_known_by_less_and_two_tokens_are_none(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"jwt": "mtls"}, {"jwt": "x.y.z"}, {"jwt": "é.é.é"}, {"jwt": "\ud800"}, {"jwt": 5}, {"jwt": "x" * 20_000}],
+    [
+        {},
+        {"role_id": "x", "secret_id": "x"},
+        {"jwt": "mtls"},
+        {"jwt": "x.y.z"},
+        {"jwt": "é.é.é"},
+        {"jwt": "\ud800"},
+        {"jwt": 5},
+        {"jwt": "x" * 20_000},
+    ],
 )
 def test_a_login_without_a_good_token_is_refused(pair: Pair, body: dict[str, object]) -> None:
     with pair.gateway.caller() as caller:
-        answer = caller.post("/v1/auth/jwt/login", body)
+        answer = caller.post(f"/v1/auth/{'k' * NAME_CHARS_MAX}/login", body)
         assert answer.status in (400, 403, 413) and list(answer.body) == ["errors"]
 
 
