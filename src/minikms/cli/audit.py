@@ -165,8 +165,8 @@ PUBLIC_KEY_FILE_CHARS_MAX: Final = 200
 
 app = App(name="audit", help="Verify and read the audit log.")
 
-Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())]
-JsonLines = Annotated[bool, Parameter(name="--json", help="The lines as they are in the log.", negative=())]
+Json = Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.")]
+JsonLines = Annotated[bool, Parameter(name="--json", help="The lines as they are in the log.")]
 
 
 @app.command
@@ -176,19 +176,12 @@ def verify(
     files: DataFiles = DataFiles(),
     public_key: Annotated[
         list[str] | None,
-        Parameter(
-            name="--public-key",
-            negative=(),
-            help="Judge by the signed lines alone, with this public key (or a file that holds it). Repeatable.",
-        ),
+        Parameter(help="Judge by the signed lines alone, with this public key (or a file that holds it). Repeatable."),
     ] = None,
-    expect_head: Annotated[
-        str | None, Parameter(name="--expect-head", help="SEQ:SIG of an earlier line that the log must contain.")
-    ] = None,
+    expect_head: Annotated[str | None, Parameter(help="SEQ:SIG of an earlier line that the log must contain.")] = None,
     from_checkpoint: Annotated[
         int,
         Parameter(
-            name="--from-checkpoint",
             help="Begin with the signed line that has this seq, instead of the first line.",
             validator=validators.Number(gte=0),
         ),
@@ -201,7 +194,7 @@ def verify(
     witness: audit_tree.WitnessKeys = None,
     quorum: audit_tree.Quorum = None,
     max_age: Annotated[
-        str, Parameter(name="--max-age", help="How old a quorum's cosignatures may be: 90s, 10m, 1h, 7d.")
+        str, Parameter(help="How old a quorum's cosignatures may be: 90s, 10m, 1h, 7d.")
     ] = audit_tree.MAX_AGE,
     tiles: audit_tree.TreeDir = None,
     json: Json = False,
@@ -269,7 +262,7 @@ def tail(
     data_dir: DataDir = None,
     lines: Annotated[int, Parameter(help="How many.", validator=validators.Number(gte=0, lte=TAIL_LINES_MAX))] = 10,
     follow: Annotated[
-        bool, Parameter(name=("--follow", "-f"), help="Continue with new lines as they are written.", negative=())
+        bool, Parameter(name=("--follow", "-f"), help="Continue with new lines as they are written.")
     ] = False,
     json: JsonLines = False,
 ) -> None:
@@ -300,9 +293,7 @@ def find(
     key: Annotated[str, Parameter(help="Key id.")] = "",
     actor: Annotated[str, Parameter(help="Actor, as in the log: peer_uid:1000.")] = "",
     request: Annotated[str, Parameter(help="Request id, of a request or of an item in a batch.")] = "",
-    reads: Annotated[
-        bool, Parameter(help="Only lines whose answer may hold plaintext.", negative=(), show_default=False)
-    ] = False,
+    reads: Annotated[bool, Parameter(help="Only lines whose answer may hold plaintext.", show_default=False)] = False,
     index: Annotated[
         str | None, Parameter(help="The index of the auditor, in its state directory; '' for none.", show_default=False)
     ] = None,

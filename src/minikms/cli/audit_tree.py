@@ -46,18 +46,15 @@ LogKeys = Annotated[
     list[str] | None,
     Parameter(
         name="--log-key",
-        negative=(),
         help="Verifier key of the tree's log, as `minikms-auditor check-config` shows it. Repeatable: each must have "
         "signed then.",
     ),
 ]
-WitnessKeys = Annotated[
-    list[str] | None, Parameter(name="--witness", negative=(), help="Verifier key of a witness. Repeatable.")
-]
+WitnessKeys = Annotated[list[str] | None, Parameter(name="--witness", help="Verifier key of a witness. Repeatable.")]
 Quorum = Annotated[
     int | None,
     Parameter(name="--quorum", help="How many of the witnesses must have cosigned: without it, all.",
-              validator=validators.Number(gte=1)),
+              validator=validators.Number(gte=1))
 ]  # fmt: skip
 TreeDir = Annotated[
     str | None,
@@ -204,8 +201,7 @@ def export(
     until: Annotated[str, Parameter(help="Only lines before this time.")] = "",
     tiles: TreeDir = None,
     format: Annotated[
-        Literal["line", "ocsf"],
-        Parameter(name="--format", help="ocsf: events of the class API Activity, with the proof in `unmapped`."),
+        Literal["line", "ocsf"], Parameter(help="ocsf: events of the class API Activity, with the proof in `unmapped`.")
     ] = "line",
 ) -> None:
     """Print lines of the log as JSON, each with the proof that it is under the newest tree checkpoint.
@@ -263,7 +259,7 @@ def verify_export(
     log_key: LogKeys = None,
     witness: WitnessKeys = None,
     quorum: Quorum = None,
-    json: Annotated[bool, Parameter(name="--json", help="One JSON object instead of text.", negative=())] = False,
+    json: Annotated[bool, Parameter(help="One JSON object instead of text.")] = False,
 ) -> int:
     """Check exported lines without the log.
 

@@ -65,7 +65,7 @@ def create(
     *,
     files: DataFiles = DataFiles(),
     json: Json = False,
-    only_check: Annotated[bool, Parameter(name="--only-check", show=False, negative=())] = False,
+    only_check: Annotated[bool, Parameter(show=False)] = False,
 ) -> int:
     """Make one archive of keyring and keys, also while the daemon serves.
 
@@ -166,18 +166,15 @@ def restore(
     newer_keyring: Annotated[
         Path | None,
         Parameter(
-            name="--newer-keyring",
             help="A keyring.json that is newer than the archive, with the kms-tombstones of its directory beside it: "
-            "keys destroyed by then are not restored, and only its root keys open the restored directory.",
+            "keys destroyed by then are not restored, and only its root keys open the restored directory."
         ),
     ] = None,
     newer_master_key_file: Annotated[
-        Path | None,
-        Parameter(name="--newer-master-key-file", help="The root key of that keyring, if it is another one."),
+        Path | None, Parameter(help="The root key of that keyring, if it is another one.")
     ] = None,
     newer_root: Annotated[
-        RootSource | None,
-        Parameter(name="--newer-root", show_choices=False, help="Its source, instead of --newer-master-key-file."),
+        RootSource | None, Parameter(show_choices=False, help="Its source, instead of --newer-master-key-file.")
     ] = None,
     audit_dir: AuditDir = None,
     root_key: RootKey = RootKey(),
@@ -243,9 +240,7 @@ def prune(
     forget_missing: Annotated[
         bool,
         Parameter(
-            name="--forget-missing",
             help="Also forget the archives whose files are gone. Use it only if no copy of them exists.",
-            negative=(),
             show_default=False,
         ),
     ] = False,

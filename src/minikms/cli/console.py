@@ -83,7 +83,7 @@ Root = Annotated[
     ),
 ]
 MasterKeyFd = Annotated[int | None, Parameter(name="--master-key-fd", show=False)]
-Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", negative=(), show_default=False)]
+Yes = Annotated[bool, Parameter(name=("--yes", "-y"), help="Don't ask.", show_default=False)]
 
 
 @Parameter(name="*")

@@ -44,7 +44,7 @@ Output = Annotated[
         allow_leading_hyphen=True,  # for `-` itself
     ),
 ]
-Force = Annotated[bool, Parameter(name="--force", help="Replace a file that exists.", negative=(), show_default=False)]
+Force = Annotated[bool, Parameter(name="--force", help="Replace a file that exists.", show_default=False)]
 
 
 def encrypt(

@@ -58,11 +58,7 @@ def init(
     data_dir: DataDir = None,
     master_key_file: MasterKeyFile = None,
     recovery_shares: Annotated[
-        str | None,
-        Parameter(
-            name="--recovery-shares",
-            help="Also make a root key in shares, such as 3/5: any three of five open the keyring.",
-        ),
+        str | None, Parameter(help="Also make a root key in shares, such as 3/5: any three of five open the keyring.")
     ] = None,
     shares_dir: SharesDir = None,
     audit_dir: AuditDir = None,

@@ -42,18 +42,13 @@ app = App(name="kek", help="List key-encryption keys (KEKs), and destroy those t
 def rotate_kek(
     *,
     new_master_key_file: Annotated[
-        Path | None,
-        Parameter(
-            name="--new-master-key-file",
-            help="Also change the root key, to the one in this file: 64 hex characters, mode 0600.",
-        ),
+        Path | None, Parameter(help="Also change the root key, to the one in this file: 64 hex characters, mode 0600.")
     ] = None,
     priority: Annotated[
         Literal["low", "normal", "high"] | None,
         Parameter(
-            name="--priority",
             help="Of the rotation against requests: low delays them least, high rotates fastest. Without the flag: "
-            "normal. It also changes the priority of a rotation that runs.",
+            "normal. It also changes the priority of a rotation that runs."
         ),
     ] = None,
     daemon: DaemonFlags = DaemonFlags(),
@@ -158,17 +153,10 @@ def list_keks(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> Non
 def prune(
     *,
     backups: Annotated[
-        bool,
-        Parameter(
-            name="--backups",
-            help="First remove all backups of key files that rotations made.",
-            negative=(),
-            show_default=False,
-        ),
+        bool, Parameter(help="First remove all backups of key files that rotations made.", show_default=False)
     ] = False,
     backups_before: Annotated[
-        str | None,
-        Parameter(name="--backups-before", help="First remove those older than this, as 20261124T150000 (UTC)."),
+        str | None, Parameter(help="First remove those older than this, as 20261124T150000 (UTC).")
     ] = None,
     daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,

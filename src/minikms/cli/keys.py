@@ -128,7 +128,7 @@ def destroy(
         Literal["retired"] | None, Parameter(help="Instead of ids: all retired keys; no others can be destroyed.")
     ] = None,
     older_than: Annotated[
-        str | None, Parameter(name="--older-than", help="Of those, the keys made before this time: 90d, 12h, 30m.")
+        str | None, Parameter(help="Of those, the keys made before this time: 90d, 12h, 30m.")
     ] = None,
     daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,

@@ -62,17 +62,14 @@ def check(file: File, *, json: Json = False) -> int:
 def explain(
     *,
     policy: PolicyFile = None,
-    principal: Annotated[str, Parameter(name="--principal", help="Who asks, such as uid:1000 or spiffe://prod/chat.")],
-    role: Annotated[str, Parameter(name="--role", help=f"The role that the request needs: {ROLE_WORDS}.")],
-    thread: Annotated[
-        str | None, Parameter(name="--thread", help="The thread of the key; none: any thread that a grant has.")
-    ] = None,
+    principal: Annotated[str, Parameter(help="Who asks, such as uid:1000 or spiffe://prod/chat.")],
+    role: Annotated[str, Parameter(help=f"The role that the request needs: {ROLE_WORDS}.")],
+    thread: Annotated[str | None, Parameter(help="The thread of the key; none: any thread that a grant has.")] = None,
     via: Annotated[
-        str | None, Parameter(name="--via", help="The proxy that asks, such as uid:992; default: the first that may.")
+        str | None, Parameter(help="The proxy that asks, such as uid:992; default: the first that may.")
     ] = None,
     allowed_uids: Annotated[
-        str | None,
-        Parameter(name="--allowed-uids", help=f"The uids that the daemon lets connect [{ALLOWED_UIDS_VARIABLE}]."),
+        str | None, Parameter(help=f"The uids that the daemon lets connect [{ALLOWED_UIDS_VARIABLE}].")
     ] = None,
     json: Json = False,
 ) -> int:

@@ -70,10 +70,7 @@ def show(
 def verify(
     file: Annotated[str, Parameter(help="What `minikms keys receipt` printed; - reads standard input.")],
     *,
-    public_key: Annotated[
-        list[str],
-        Parameter(name="--public-key", negative=(), help="Audit key, or a file that holds it. Repeatable: one signed."),
-    ],
+    public_key: Annotated[list[str], Parameter(help="Audit key, or a file that holds it. Repeatable: one signed.")],
     key: Annotated[str, Parameter(help="The id that the destroyed key must have.")] = "",
     log_key: audit_tree.LogKeys = None,
     witness: audit_tree.WitnessKeys = None,

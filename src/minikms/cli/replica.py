@@ -226,11 +226,10 @@ def promote(
         bool,
         Parameter(
             help="Fill an empty database with what this host has: after the loss or a restore of the database.",
-            negative=(),
             show_default=False,
         ),
     ] = False,
-    wait: Annotated[float, Parameter(name="--wait", help="Seconds to wait until this host serves.")] = PROMOTE_SECONDS,
+    wait: Annotated[float, Parameter(help="Seconds to wait until this host serves.")] = PROMOTE_SECONDS,
     daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
     json: Json = False,

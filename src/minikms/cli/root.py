@@ -66,8 +66,7 @@ def add(
     *,
     shares_dir: SharesDir = None,
     pin: Annotated[
-        Path | None,
-        Parameter(name="--pin", help="With shares:3/5 and as root: name the new root key in this pin file first."),
+        Path | None, Parameter(help="With shares:3/5 and as root: name the new root key in this pin file first.")
     ] = None,
     daemon: DaemonFlags = DaemonFlags(),
     yes: Yes = False,
@@ -129,9 +128,7 @@ def _add_in_shares(
 def test(
     slot: Slot,
     *,
-    root: Annotated[
-        str, Parameter(name="--root", help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares.")
-    ],
+    root: Annotated[str, Parameter(help="Where the root key is: file:PATH or fd:NUMBER; shares: asks for shares.")],
     daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,
 ) -> int:

@@ -47,10 +47,10 @@ def seal(*, daemon: DaemonFlags = DaemonFlags(), yes: Yes = False, json: Json = 
 def unseal(
     *,
     from_source: Annotated[
-        bool, Parameter(help="Let the daemon read its own source of the root key, such as its key file.", negative=())
+        bool, Parameter(help="Let the daemon read its own source of the root key, such as its key file.")
     ] = False,
     status: Annotated[
-        bool, Parameter(help="Show whether it is sealed, and which shares it has.", negative=(), show_default=False)
+        bool, Parameter(help="Show whether it is sealed, and which shares it has.", show_default=False)
     ] = False,
     daemon: DaemonFlags = DaemonFlags(),
     json: Json = False,

@@ -54,8 +54,7 @@ class PlainFlags:
     socket_mode: Annotated[str, Parameter(help="Permission bits of the socket, octal.")] = "0600"
     socket_group: Annotated[str | None, Parameter(help="Group that the socket belongs to.")] = None
     make_socket_dir: Annotated[
-        bool,
-        Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.", negative=()),
+        bool, Parameter(help="Make the socket's directory if it is missing, mode 0750, of that group.")
     ] = False
     audit_dir: AuditDir = None
     refuse_when_unshipped: Annotated[
@@ -76,37 +75,26 @@ class PlainFlags:
         # At least two: a re-encryption opens the old and the new key.
         Parameter(help="Maximum number of unwrapped keys in locked memory.", validator=validators.Number(gte=2)),
     ] = None
-    require_hardening: Annotated[
-        bool, Parameter(help="Refuse to start when a hardening measure is missing.", negative=())
-    ] = False
+    require_hardening: Annotated[bool, Parameter(help="Refuse to start when a hardening measure is missing.")] = False
     rewritable: Annotated[
         bool,
         Parameter(
-            name="--rewrite-master-key-file",
-            help="A rotation to a new root key also writes it to the root key file.",
-            negative=(),
+            name="--rewrite-master-key-file", help="A rotation to a new root key also writes it to the root key file."
         ),
     ] = False
-    sealed: Annotated[
-        bool, Parameter(help="Start without keys, and serve after `minikms unseal` only.", negative=())
-    ] = False
+    sealed: Annotated[bool, Parameter(help="Start without keys, and serve after `minikms unseal` only.")] = False
     log_format: LogFormat = "console"
     accept_audit_loss: Annotated[
-        bool,
-        Parameter(
-            help="Begin a new audit log if the old one is missing or altered; the old one is renamed.", negative=()
-        ),
+        bool, Parameter(help="Begin a new audit log if the old one is missing or altered; the old one is renamed.")
     ] = False
-    accept_restore: Annotated[
-        bool,
-        Parameter(help="Start once with a keyring that is older than the audit log.", negative=()),
-    ] = False
+    accept_restore: Annotated[bool, Parameter(help="Start once with a keyring that is older than the audit log.")] = (
+        False
+    )
     expect_audit_head: Annotated[
-        str | None,
-        Parameter(help="SEQ:SIG of an earlier audit line: refuse to start if the log does not contain it."),
+        str | None, Parameter(help="SEQ:SIG of an earlier audit line: refuse to start if the log does not contain it.")
     ] = None
     audit_hash_thread_ids: Annotated[
-        bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.", negative=())
+        bool, Parameter(help="Record thread ids in the audit log as keyed hashes only.")
     ] = False
     audit_segment_mib: Annotated[
         int, Parameter(help="Close a file of the audit log at this size.", validator=validators.Number(gte=1))
@@ -164,9 +152,7 @@ def serve(
         Path | None,
         Parameter(help="Root's file that names the root keys which may open the keyring [PROGRESSDB_MINIKMS_PIN]."),
     ] = None,
-    dev: Annotated[
-        bool, Parameter(help="Without a root key, make a key file beside the data directory.", negative=())
-    ] = False,
+    dev: Annotated[bool, Parameter(help="Without a root key, make a key file beside the data directory.")] = False,
     allowed_uids: Annotated[
         str | None,
         Parameter(

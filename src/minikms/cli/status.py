@@ -61,7 +61,7 @@ def ready(
     socket: Socket = None,
     server_uid: ServerUid = None,
     live: Annotated[
-        bool, Parameter(help="Ask only whether it answers, as a sealed one does.", negative=(), show_default=False)
+        bool, Parameter(help="Ask only whether it answers, as a sealed one does.", show_default=False)
     ] = False,
     json: Json = False,
 ) -> int:

@@ -67,7 +67,7 @@ else:  # cyclopts converts to the first type of a union, and completes files for
 Shell = Annotated[Literal["bash", "zsh", "fish"], Parameter(help="The shell.")]
 LogFormat = Annotated[Literal["console", "json"], Parameter(name="--log-format", help="The form of the log.")]
 RequireHardening = Annotated[
-    bool, Parameter(name="--require-hardening", help="Don't start unless all hardening is in force.", negative=())
+    bool, Parameter(name="--require-hardening", help="Don't start unless all hardening is in force.")
 ]
 
 EXIT_GOOD: Final = 0
@@ -108,10 +108,8 @@ ServerUid = Annotated[
         help=f"The user that must serve the socket; default: this one or root [{SERVER_UIDS_VARIABLE}].",
     ),
 ]
-Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", negative=(), show_default=False)]
-Watch = Annotated[
-    bool, Parameter(name=("--watch", "-w"), help="Repeat until interrupted.", negative=(), show_default=False)
-]
+Json = Annotated[bool, Parameter(name="--json", help="JSON instead of text.", show_default=False)]
+Watch = Annotated[bool, Parameter(name=("--watch", "-w"), help="Repeat until interrupted.", show_default=False)]
 Interval = Annotated[float, Parameter(help="Seconds between two requests.", validator=validators.Number(gte=0.1))]
 INTERVAL_SECONDS: Final = 2.0
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
@@ -177,6 +175,7 @@ def new_app(name: str, about: str, epilogue: str) -> App:
         help_epilogue=epilogue,
         version_flags=["--version", "-V"],
         version=_version,
+        default_parameter=Parameter(negative=()),  # no flag has a twin `--no-…`, but where it says so itself
     )
 
 

@@ -70,13 +70,7 @@ def create(
     name: Annotated[str, Parameter(help="The backup's name: it is made in <db>/backups.")],
     *,
     store_only: Annotated[
-        bool,
-        Parameter(
-            name="--store-only",
-            help="Back up only the store, for a key service that runs as another user.",
-            negative=(),
-            show_default=False,
-        ),
+        bool, Parameter(help="Back up only the store, for a key service that runs as another user.", show_default=False)
     ] = False,
     url: ConfiguredUrl = None,
     db: Db = None,
@@ -216,8 +210,7 @@ def forget(
     name: Annotated[str, Parameter(help="The backup's name, as in the list.")],
     *,
     yes: Annotated[
-        bool,
-        Parameter(help="Confirm that the backup and every copy of it were deleted.", negative=(), show_default=False),
+        bool, Parameter(help="Confirm that the backup and every copy of it were deleted.", show_default=False)
     ] = False,
     url: ConfiguredUrl = None,
     db: Db = None,

@@ -36,16 +36,13 @@ def check(
         bool,
         Parameter(
             help="Rebuild indexes and counters; delete damaged entries of retries. The server must be stopped.",
-            negative=(),
             show_default=False,
         ),
     ] = False,
     drop_damaged: Annotated[
         bool,
         Parameter(
-            name="--drop-damaged",
             help="With --repair, if files of the store are damaged: make a store of what can be read.",
-            negative=(),
             show_default=False,
         ),
     ] = False,

@@ -63,8 +63,7 @@ def serve(
     dev: Dev = None,
     log_format: Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")] = None,
     accept_restore: Annotated[
-        bool,
-        Parameter(help="Serve although the key service is in an older state than the store has recorded.", negative=()),
+        bool, Parameter(help="Serve although the key service is in an older state than the store has recorded.")
     ] = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:

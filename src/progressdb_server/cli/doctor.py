@@ -35,9 +35,7 @@ NOT_SEEN: Final = "GRANT pg_read_all_stats TO this role shows which are connecte
 
 def doctor(
     *,
-    repair: Annotated[
-        bool, Parameter(help="Retire the keys that no thread names.", negative=(), show_default=False)
-    ] = False,
+    repair: Annotated[bool, Parameter(help="Retire the keys that no thread names.", show_default=False)] = False,
     url: ConfiguredUrl = None,
     db: Db = None,
     config: ConfigFile = None,

@@ -28,9 +28,7 @@ MasterKeyFile = Annotated[
     PathText | None,
     Parameter(help="File with the root key for miniKMS: 64 hex characters [PROGRESSDB_MINIKMS_MASTER_KEY_FILE]."),
 ]
-Dev = Annotated[
-    bool | None, Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].", negative=())
-]
+Dev = Annotated[bool | None, Parameter(help="Development: miniKMS makes its own root key file [PROGRESSDB_DEV].")]
 Json = usage.Json
 Url = Annotated[
     str | None,

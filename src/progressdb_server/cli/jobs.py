@@ -37,7 +37,7 @@ backups = App(name="rotation-backups", help="List, restore and remove the backup
 # --- rotate-dek ---------------------------------------------------------------------------------------------------
 def rotate_dek(
     *threads: Annotated[str, Parameter(name="THREAD", help="Ids of the threads.")],
-    all_threads: Annotated[bool, Parameter(name="--all", help="Every thread.", negative=())] = False,
+    all_threads: Annotated[bool, Parameter(name="--all", help="Every thread.")] = False,
     older_than: Annotated[str, Parameter(help="Threads whose key is at least this old, as in 90d.")] = "",
     kek_version: Annotated[int, Parameter(help="Threads whose key is wrapped under this KEK version.")] = 0,
     destroy_old_after: Annotated[
@@ -46,7 +46,7 @@ def rotate_dek(
     rate: Annotated[
         int | None, Parameter(help="Records per second; default: the bound of the server's configuration.")
     ] = None,
-    unthrottled: Annotated[bool, Parameter(help="Re-encrypt without a bound.", negative=())] = False,
+    unthrottled: Annotated[bool, Parameter(help="Re-encrypt without a bound.")] = False,
     wait: Annotated[bool, Parameter(help="Wait until the jobs have ended.", negative="--no-wait")] = True,
     as_json: Json = False,
     url: Url = None,
@@ -169,8 +169,8 @@ def prune(
     older_than: Annotated[
         str, Parameter(help="The backups of jobs that ended at least this long ago, as in 30d.")
     ] = "",
-    every: Annotated[bool, Parameter(name="--all", help="The backups of every finished job.", negative=())] = False,
-    yes: Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask.", negative=())] = False,
+    every: Annotated[bool, Parameter(name="--all", help="The backups of every finished job.")] = False,
+    yes: Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask.")] = False,
     as_json: Json = False,
     url: Url = None,
     api_key_file: KeyFile = None,
