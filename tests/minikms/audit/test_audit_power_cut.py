@@ -1,12 +1,8 @@
 """Power cuts under an auditor: no line that it has taken is lost or replaced, wherever the power fails."""
 
-import os
 import random
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,39 +15,6 @@ from tests.minikms.custody.power_loss import Disk
 IMAGES = 1
 """Of each power cut."""
 LIMITS = LogLimits(segment_bytes=2000, reserve_bytes=0)
-
-
-class LogDisk(Disk):
-    """The model for the directory of a log, whose files are opened by their paths."""
-
-    def begin(self, patch: pytest.MonkeyPatch) -> None:
-        super().begin(patch)
-        patch.setattr(os, "dup", self._recorded(os.dup, self._dup))
-
-    def _dup(self, copy: int, fd: int) -> None:
-        self._files[copy] = self._files[fd]
-
-    def _open(self, fd: int, name: str, flags: int, *_: Any, dir_fd: int | None = None) -> None:
-        if flags & os.O_DIRECTORY:
-            return
-        super()._open(fd, os.path.basename(name), flags, dir_fd=self._directory)
-        if flags & os.O_TRUNC:
-            self._files[fd].content.clear()
-
-    def _rename(self, _: None, old: str, new: str, **_fds: int) -> None:
-        super()._rename(_, os.path.basename(old), os.path.basename(new))
-
-    def _unlink(self, _: None, name: str, **_fds: int) -> None:
-        super()._unlink(_, os.path.basename(name))
-
-
-@contextmanager
-def watched(directory: Path, check: Any) -> Iterator[None]:
-    fd = os.open(directory, os.O_RDONLY)
-    with pytest.MonkeyPatch.context() as patch:
-        LogDisk(fd, check).begin(patch)
-        yield
-    os.close(fd)
 
 
 def lines_in(directory: Path) -> list[bytes]:
@@ -86,7 +49,8 @@ def test_after_a_power_cut_the_log_continues_what_an_auditor_has_taken(tmp_path:
             assert lines_in(after)[: len(taken)] == taken
             cuts += 1
 
-    with watched(directory, cut_power):
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(directory, cut_power).begin(patch)
         log = open_log(directory, clock=clock, limits=LIMITS)
         for step in range(20):
             write_events(log, rng.randint(0, 2), first=step)

@@ -3,6 +3,7 @@
 import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -26,7 +27,7 @@ def check_at_every_call(directory: int, allowed: Allowed, change: Callable[[], o
                 assert image.get(name) in contents, f"{name} after system call {disk.events}"
             assert all(name in allowed or name.startswith(TEMP_PREFIX) for name in image)
 
-    disk = Disk(directory, check)
+    disk = Disk(Path(os.readlink(f"/proc/self/fd/{directory}")), check)
     with pytest.MonkeyPatch.context() as patch:
         disk.begin(patch)
         change()
@@ -43,17 +44,16 @@ def test_a_replaced_file_is_old_or_new_and_new_on_return(directory: int, seed: i
     check_at_every_call(directory, {"f": {b"old", b"new"}}, lambda: replace_file(directory, "f", b"new"), seed=seed)
 
 
-def test_the_model_disk_notices_a_missing_sync(directory: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_disk_notices_a_missing_sync(directory: int, tmp_path: Path) -> None:
     """Tests the model itself: without its syncs a replacement would lose the file."""
     replace_file(directory, "f", b"old")
-    monkeypatch.setattr(os, "fsync", lambda _fd: None)
 
     class Mute(Disk):
         def _fsync(self, *_: object) -> None:
             pass
 
     seen: set[bytes | None] = set()
-    disk = Mute(directory, lambda disk: seen.update(image.get("f") for image in disk.images(random.Random(1), 100)))
+    disk = Mute(tmp_path, lambda disk: seen.update(image.get("f") for image in disk.images(random.Random(1), 100)))
     with pytest.MonkeyPatch.context() as patch:
         disk.begin(patch)
         replace_file(directory, "f", b"new")
@@ -73,9 +73,9 @@ def test_files_of_a_group_are_old_or_new_and_new_on_return(
     check_at_every_call(directory, allowed, lambda: write_files(directory, writes), seed=seed)
 
 
-def test_a_removed_file_stays_removed_after_the_return(directory: int) -> None:
+def test_a_removed_file_stays_removed_after_the_return(directory: int, tmp_path: Path) -> None:
     replace_file(directory, "f", b"content")
-    disk = Disk(directory, lambda disk: None)
+    disk = Disk(tmp_path, lambda disk: None)
     with pytest.MonkeyPatch.context() as patch:
         disk.begin(patch)
         remove_file(directory, "f")
