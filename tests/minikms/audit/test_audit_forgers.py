@@ -68,34 +68,6 @@ def test_the_file_being_written_is_read_beside_one_with_its_number(altered: Path
     assert "repeated" in kinds(altered, public_only=True)
 
 
-def merged(directory: Path) -> None:
-    content = (directory / f"{LOG}.1").read_bytes() + (directory / f"{LOG}.2").read_bytes()
-    (directory / f"{LOG}.2").write_bytes(content)
-    (directory / f"{LOG}.1").unlink()
-
-
-def split(directory: Path) -> None:
-    lines = lines_of(directory)
-    put(directory / f"{LOG}.{max(list_segments(str(directory))) + 1}", lines[:2])
-    put(directory / LOG, lines[2:])
-
-
-def emptied(directory: Path) -> None:
-    (directory / LOG).rename(directory / f"{LOG}.{max(list_segments(str(directory))) + 1}")
-    (directory / LOG).touch()
-
-
-def added(directory: Path) -> None:
-    (directory / f"{LOG}.1000000000000000").touch()
-
-
-@pytest.mark.parametrize("change", [merged, split, emptied, added])
-def test_a_file_with_another_segment_than_its_name_says_is_found(altered: Path, change: Callable[[Path], None]) -> None:
-    change(altered)
-    assert kinds(altered) & {"segment", "missing"}
-    assert kinds(altered, public_only=True) & {"segment", "missing"}
-
-
 # --- with the public key alone ----------------------------------------------------------------------------------------
 
 

@@ -215,11 +215,55 @@ def test_an_error_at_any_point_of_a_rotation_is_mended_by_itself(
 # --- files altered ---------------------------------------------------------------------------------------------------
 
 
-def test_two_swapped_files_are_seen(altered: Path) -> None:
-    os.rename(altered / f"{LOG}.1", altered / "x")
-    os.rename(altered / f"{LOG}.2", altered / f"{LOG}.1")
-    os.rename(altered / "x", altered / f"{LOG}.2")
-    assert kinds(altered) != []
+def closed(directory: Path, number: int = 0) -> Path:
+    """A closed file: the one of that number, without one the newest; or the next after it."""
+    return directory / f"{LOG}.{number or max(list_segments(str(directory)))}"
+
+
+def swap(directory: Path) -> None:
+    first, second = (closed(directory, number).read_bytes() for number in (1, 2))
+    closed(directory, 1).write_bytes(second)
+    closed(directory, 2).write_bytes(first)
+
+
+def merge(directory: Path) -> None:
+    closed(directory, 2).write_bytes(closed(directory, 1).read_bytes() + closed(directory, 2).read_bytes())
+    closed(directory, 1).unlink()
+
+
+def split(directory: Path) -> None:
+    lines = (directory / LOG).read_bytes().splitlines(keepends=True)
+    closed(directory, max(list_segments(str(directory))) + 1).write_bytes(b"".join(lines[:2]))
+    (directory / LOG).write_bytes(b"".join(lines[2:]))
+
+
+def close_unfinished(directory: Path) -> None:
+    (directory / LOG).rename(closed(directory, max(list_segments(str(directory))) + 1))
+    (directory / LOG).touch()
+
+
+FILES: dict[str, tuple[Callable[[Path], object], set[str]]] = {
+    "two swapped": (swap, {"segment", "missing", "altered"}),
+    "the first gone": (lambda directory: closed(directory, 1).unlink(), {"missing"}),
+    "the second gone": (lambda directory: closed(directory, 2).unlink(), {"missing"}),
+    "the third gone": (lambda directory: closed(directory, 3).unlink(), {"missing"}),
+    "the one being written gone": (lambda directory: (directory / LOG).unlink(), {"missing"}),
+    "the newest replaced by the one before": (lambda directory: closed(directory).rename(directory / LOG), {"missing"}),
+    "another number": (lambda directory: closed(directory).rename(f"{closed(directory)}5"), {"segment"}),
+    "one more": (lambda directory: closed(directory, 10**15).touch(), {"segment", "missing"}),
+    "two in one": (merge, {"segment", "missing"}),
+    "one in two": (split, {"segment", "missing"}),
+    "closed without its last line": (close_unfinished, {"segment", "missing"}),
+}
+"""Other places, names and divisions of files, each with kinds of findings of which it has at least one."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_in_another_place_or_division_are_seen(altered: Path, name: str) -> None:
+    change, expected = FILES[name]
+    change(altered)
+    assert set(kinds(altered)) & expected
+    assert not verify(altered, public_only=True).intact
 
 
 def test_a_file_of_another_log_is_seen(altered: Path, tmp_path: Path) -> None:
@@ -229,30 +273,6 @@ def test_a_file_of_another_log_is_seen(altered: Path, tmp_path: Path) -> None:
     report = verify(altered)
     assert report.findings[0].file == f"{LOG}.2"
     assert not verify(altered, public_only=True).intact
-
-
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_file_taken_away_is_missing(altered: Path, number: int) -> None:
-    (altered / f"{LOG}.{number}").unlink()
-    assert kinds(altered)[0] == "missing"
-    assert not verify(altered, public_only=True).intact
-
-
-def test_the_file_being_written_taken_away_is_missing(altered: Path) -> None:
-    (altered / LOG).unlink()
-    assert "missing" in kinds(altered)
-
-
-def test_the_newest_file_replaced_by_the_one_before_it_counts_as_missing(altered: Path) -> None:
-    newest = max(list_segments(str(altered)))
-    os.rename(altered / f"{LOG}.{newest}", altered / LOG)
-    assert kinds(altered) == ["missing"]
-
-
-def test_a_file_under_another_number_is_seen(altered: Path) -> None:
-    newest = max(list_segments(str(altered)))
-    os.rename(altered / f"{LOG}.{newest}", altered / f"{LOG}.{newest + 5}")
-    assert "segment" in kinds(altered)
 
 
 def test_a_start_without_the_newest_file_is_refused(altered: Path) -> None:
