@@ -13,12 +13,16 @@ import os
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
+from cyclopts import Parameter
+
 from minikms.api.printable import clean
 from minikms.commands.usage import EXIT_FAILED, EXIT_MISSING, CommandError
+from progressdb_server.cli.flags import KeyFile, Url
 from progressdb_server.config import Config, split_address
 
 TIMEOUT_S: Final = 60.0
@@ -149,6 +153,19 @@ class AdminClient:
 
     def _exit_status(self, status: int) -> int:
         return EXIT_MISSING if status in self._missing else EXIT_FAILED
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class AdminFlags:
+    """The flags for a running server and the file of its admin key."""
+
+    url: Url = None
+    api_key_file: KeyFile = None
+
+    def client(self) -> AdminClient:
+        """The client, from `AdminClient.from_flags`."""
+        return AdminClient.from_flags(self.url, self.api_key_file)
 
 
 def _url_of(address: str) -> str:

@@ -34,13 +34,11 @@ from progressdb_server.cli.check import examine
 from progressdb_server.cli.flags import (
     ConfigFile,
     ConfiguredUrl,
-    Db,
     Json,
     MasterKeyFd,
     MasterKeyFile,
+    StoreFlags,
     existing_directory,
-    load_config,
-    load_for_store,
 )
 from progressdb_server.config import Config
 from progressdb_server.jobs.table import parse
@@ -73,8 +71,7 @@ def create(
         bool, Parameter(help="Back up only the store, for a key service that runs as another user.", show_default=False)
     ] = False,
     url: ConfiguredUrl = None,
-    db: Db = None,
-    config: ConfigFile = None,
+    flags: StoreFlags = StoreFlags(),
     master_key_file: MasterKeyFile = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
@@ -86,9 +83,9 @@ def create(
     For example:
         progressdb backup create monday --db data
     """
-    if load_for_store(db=db, config=config).store.url:
+    if flags.load_for_store().store.url:
         raise CommandError(IN_A_DATABASE)
-    chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
+    chosen = flags.load_with_key(master_key_file)
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME)
     path = chosen.backups_dir / name
@@ -138,12 +135,12 @@ def register(
     ] = None,
     config: ConfigFile = None,
     json: Json = False,
-) -> int:
+) -> None:
     """Register a backup of the database before it is made with another program. No key that it needs is destroyed.
 
     Once the backup and the log that restores it have expired: `progressdb backup forget LABEL`.
     """
-    chosen = load_for_store(config=config)
+    chosen = StoreFlags(config=config).load_for_store()
     if NAME.fullmatch(label) is None:
         raise CommandError(INVALID_NAME)
     begun_ns = None if begun is None else _unix_ns(begun)
@@ -155,7 +152,6 @@ def register(
     known = asyncio.run(registered())
     said = f"{label} is registered" + (": begin it now" if begun is None else "")
     print_result({"registered": label, "created_ns": known.created_ns}, said, json=json)
-    return 0
 
 
 def _unix_ns(text: str) -> int:
@@ -169,14 +165,14 @@ def _unix_ns(text: str) -> int:
 
 
 @app.command(name="list")
-def list_registered(*, url: ConfiguredUrl = None, db: Db = None, config: ConfigFile = None, json: Json = False) -> int:
+def list_registered(*, url: ConfiguredUrl = None, flags: StoreFlags = StoreFlags(), json: Json = False) -> None:
     """List the registered backups of the store. The server destroys no key that a registered backup needs.
 
     `minikms keys destroy` does not know of them.
 
     A backup whose directory is not found stays in the list.
     """
-    chosen = load_for_store(db=db, config=config)
+    chosen = flags.load_for_store()
 
     async def offline() -> list[dict[str, Any]]:
         async with _register(chosen) as register:
@@ -202,7 +198,6 @@ def list_registered(*, url: ConfiguredUrl = None, db: Db = None, config: ConfigF
         place = known["path"] + ("  not found there" if known["gone"] else "")
         lines.append(f"{known['name']}  {when}  {'of the database' if known.get('of_database') else place}")
     print_result(found, lines or "no backup is registered", json=json)
-    return 0
 
 
 @app.command(name="forget")
@@ -213,12 +208,11 @@ def forget(
         bool, Parameter(help="Confirm that the backup and every copy of it were deleted.", show_default=False)
     ] = False,
     url: ConfiguredUrl = None,
-    db: Db = None,
-    config: ConfigFile = None,
+    flags: StoreFlags = StoreFlags(),
     json: Json = False,
-) -> int:
+) -> None:
     """Forget a deleted backup, so that keys which only it needs can be destroyed. Refused while the backup exists."""
-    chosen = load_for_store(db=db, config=config)
+    chosen = flags.load_for_store()
     if not yes:
         raise CommandError(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
@@ -234,15 +228,13 @@ def forget(
     except StoreLockedError:
         AdminClient.from_config(chosen, url).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
     print_result({"forgotten": name}, f"{name} is forgotten: it keeps no old key any more", json=json)
-    return 0
 
 
 @app.command(name="verify")
 def verify(
     backup_path: BackupDirectory,
     *,
-    db: Db = None,
-    config: ConfigFile = None,
+    flags: StoreFlags = StoreFlags(),
     master_key_file: MasterKeyFile = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
@@ -253,7 +245,7 @@ def verify(
     A record whose key was destroyed is no damage. Exit status: 0 good, 1 damaged, 2 it does not exist.
     """
     path = existing_directory(backup_path)
-    chosen = load_config(db=db or ".", config=config, master_key_file=master_key_file).config
+    chosen = StoreFlags(flags.db or ".", flags.config).load_with_key(master_key_file)
     manifest = backup.verify(str(path))
     findings, counts, opened = _records(chosen, str(path / backup.STORE))
     records = counts.get("threads", 0) + counts.get("messages", 0)
@@ -303,17 +295,16 @@ def restore(
         Path | None,
         Parameter(help="A keyring.json newer than the backup: keys that it shows as destroyed are not restored."),
     ] = None,
-    db: Db = None,
-    config: ConfigFile = None,
+    flags: StoreFlags = StoreFlags(),
     master_key_file: MasterKeyFile = None,
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Restore into the directories of the configuration, which must be empty. Nothing is overwritten."""
     path = existing_directory(backup_path)
-    if load_for_store(db=db, config=config).store.url:
+    if flags.load_for_store().store.url:
         raise CommandError(OF_A_DATABASE)
-    chosen = load_config(db=db, config=config, master_key_file=master_key_file).config
+    chosen = flags.load_with_key(master_key_file)
     backup.verify(str(path))
     if os.path.isdir(chosen.store_dir) and os.listdir(chosen.store_dir):
         raise CommandError(f"{chosen.store_dir} is not empty: move its files away first", EXIT_FAILED)

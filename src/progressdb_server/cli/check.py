@@ -17,7 +17,7 @@ from minikms.api.errors import KmsError, KmsUnavailableError
 from minikms.client import Client
 from minikms.commands.output import counted, print_result
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, EXIT_MISSING, CommandError
-from progressdb_server.cli.flags import ConfigFile, Db, Json, load_for_store
+from progressdb_server.cli.flags import Json, StoreFlags
 from progressdb_server.config import Config
 from progressdb_server.jobs.table import parse
 from progressdb_server.kms.provider import Provider, RemoteProvider
@@ -46,8 +46,7 @@ def check(
             show_default=False,
         ),
     ] = False,
-    db: Db = None,
-    config: ConfigFile = None,
+    flags: StoreFlags = StoreFlags(),
     json: Json = False,
 ) -> int:
     """Examine the whole store, also while the server runs, and have the key service decrypt every record.
@@ -55,7 +54,7 @@ def check(
     The damaged store that --drop-damaged replaces is set aside beside the new one, and registered as a backup. Exit
     status: 0 nothing is wrong, 1 something is wrong, 2 there is no store, or no record could be decrypted.
     """
-    chosen = load_for_store(db=db, config=config)
+    chosen = flags.load_for_store()
     path = chosen.store.url or str(chosen.store_dir)
     if drop_damaged and not repair:
         raise CommandError("--drop-damaged is for a repair: give --repair, too")

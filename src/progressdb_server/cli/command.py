@@ -24,7 +24,7 @@ from minikms.commands.usage import (
     new_app,
     print_completion,
 )
-from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, MasterKeyFd, MasterKeyFile, load_config
+from progressdb_server.cli.flags import MasterKeyFd, ServerFlags
 
 COMMANDS: Final = {
     "status": ("status:status", "Show the server and its key service on one page."),
@@ -56,33 +56,26 @@ for _name, (_place, _help) in COMMANDS.items():
 @app.command(name="serve")
 def serve(
     *,
-    addr: Addr = None,
-    db: Db = None,
-    config: ConfigFile = None,
-    master_key_file: MasterKeyFile = None,
-    dev: Dev = None,
+    flags: ServerFlags = ServerFlags(),
     log_format: Annotated[str | None, Parameter(help="console or json [PROGRESSDB_LOG_FORMAT].")] = None,
     accept_restore: Annotated[
         bool, Parameter(help="Serve although the key service is in an older state than the store has recorded.")
     ] = False,
     master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Serve the HTTP API until SIGTERM."""
     from progressdb_server import server
     from progressdb_server.store.model import StoreDamagedError, StoreUnavailableError
 
-    loaded = load_config(
-        addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev, log_format=log_format
-    )
+    config = flags.load(log_format).config
     try:
-        server.run(loaded.config, master_key_fd, accept_restore=accept_restore)
+        server.run(config, master_key_fd, accept_restore=accept_restore)
     except StoreDamagedError:  # as an older state of the key service, it does not pass without a person
         raise
     except StoreUnavailableError as error:
         raise CommandError(error.explained, EXIT_FAILED) from None
     except server.ServeError as error:
         raise CommandError(str(error), EXIT_FAILED) from None
-    return 0
 
 
 def completion(shell: Shell) -> int:

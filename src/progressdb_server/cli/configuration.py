@@ -17,7 +17,11 @@ from cyclopts import App
 
 from minikms.commands.output import print_result
 from minikms.commands.usage import EXIT_FAILED, CommandError
-from progressdb_server.cli.flags import Addr, ConfigFile, Db, Dev, Json, MasterKeyFd, MasterKeyFile, load_config
+from progressdb_server.cli.flags import (
+    Json,
+    MasterKeyFd,
+    ServerFlags,
+)
 from progressdb_server.config import Config, ConfigError, ConfigMissingError, LoadedConfig, TlsSection
 from progressdb_server.http.listener import check_tls
 from progressdb_server.server import check_key_source
@@ -31,50 +35,36 @@ app = App(name="config", help="Check or show the configuration that the server w
 @app.command(name="check")
 def check_configuration(
     *,
-    addr: Addr = None,
-    db: Db = None,
-    config: ConfigFile = None,
-    master_key_file: MasterKeyFile = None,
-    dev: Dev = None,
+    flags: ServerFlags = ServerFlags(),
     json: Json = False,
     master_key_fd: MasterKeyFd = None,
-) -> int:
+) -> None:
     """Check the configuration without starting the server.
 
     Exit status: 0 it is valid, 1 it is not, 2 a file that it names does not exist.
     """
     try:
-        loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
-        check(loaded.config, has_master_key=master_key_fd is not None)
+        config = flags.load().config
+        check(config, has_master_key=master_key_fd is not None)
     except ConfigMissingError:
         raise
     except ConfigError as error:
         raise CommandError(str(error), EXIT_FAILED) from None
-    warning = tls_warning(loaded.config.server.tls, time.time())
+    warning = tls_warning(config.server.tls, time.time())
     warnings = [warning] if warning else []
     lines = [*(f"warning: {one}" for one in warnings), "the configuration is valid"]
     print_result({"valid": True, "warnings": warnings}, lines, json=json)
-    return 0
 
 
 @app.command(name="show")
-def show_configuration(
-    *,
-    addr: Addr = None,
-    db: Db = None,
-    config: ConfigFile = None,
-    master_key_file: MasterKeyFile = None,
-    dev: Dev = None,
-    json: Json = False,
-) -> int:
+def show_configuration(*, flags: ServerFlags = ServerFlags(), json: Json = False) -> None:
     """Print every setting with its value and its source. API keys are not printed, only their number."""
-    loaded = load_config(addr=addr, db=db, config=config, master_key_file=master_key_file, dev=dev)
+    loaded = flags.load()
     settings = {
         path: {"value": value, "source": loaded.sources.get(path, "default")}
         for path, value in _settings(loaded.config)
     }
     print_result(settings, setting_lines(loaded), json=json)
-    return 0
 
 
 def check(config: Config, *, has_master_key: bool) -> None:

@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from minikms.api.printable import clean
 from minikms.commands.output import counted, print_result
 from progressdb_server.cli.admin_client import AdminClient
-from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_for_store
+from progressdb_server.cli.flags import ConfiguredUrl, Json, StoreFlags
 from progressdb_server.config import StoreSection
 from progressdb_server.store import places
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -37,8 +37,7 @@ def doctor(
     *,
     repair: Annotated[bool, Parameter(help="Retire the keys that no thread names.", show_default=False)] = False,
     url: ConfiguredUrl = None,
-    db: Db = None,
-    config: ConfigFile = None,
+    flags: StoreFlags = StoreFlags(),
     json: Json = False,
 ) -> int:
     """Ask the running server what is wrong: whether it takes writes, whether its key service works, whether it has met
@@ -49,7 +48,7 @@ def doctor(
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
     answer.
     """
-    chosen = load_for_store(db=db, config=config)
+    chosen = flags.load_for_store()
     page: dict[str, Any] = {}
     if chosen.store.url:
         page["database"] = _examined(chosen.store, shown=not json)

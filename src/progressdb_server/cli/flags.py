@@ -7,6 +7,8 @@ Owns: the text of each shared flag. A command raises `minikms.commands.usage.Com
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,35 +47,47 @@ MasterKeyFd = Annotated[int | None, Parameter(parse=False)]
 """Not a flag: the descriptor of a root key that was in the environment. `command.run` passes it."""
 
 
-def load_config(
-    *,
-    addr: str | None = None,
-    db: str | None = None,
-    config: str | None = None,
-    master_key_file: str | None = None,
-    dev: bool | None = None,
-    log_format: str | None = None,
-    with_data: bool = True,
-) -> LoadedConfig:
-    """The configuration of these flags, the environment and the file. Raises ConfigError."""
-    from progressdb_server.config import load
+@Parameter(name="*")
+@dataclass(frozen=True)
+class StoreFlags:
+    """The flags for the data of a server, and for its configuration."""
 
-    flags = {
-        "addr": addr,
-        "storage.db_path": db,
-        "config": config,
-        "kms.master_key_file": master_key_file,
-        "server.dev": dev,
-        "logging.format": log_format,
-    }
-    return load(flags, os.environ, with_data=with_data)
+    db: Db = None
+    config: ConfigFile = None
+
+    def load(self, settings: Mapping[str, object] | None = None, *, with_data: bool = True) -> LoadedConfig:
+        """The configuration of these flags, of other `settings` by path, the environment and the file. Raises
+        ConfigError."""
+        from progressdb_server.config import load
+
+        flags = {"storage.db_path": self.db, "config": self.config, **(settings or {})}
+        return load(flags, os.environ, with_data=with_data)
+
+    def load_with_key(self, master_key_file: str | None) -> Config:
+        """The configuration for a command that also needs the key service. Raises ConfigError."""
+        return self.load({"kms.master_key_file": master_key_file}).config
+
+    def load_for_store(self) -> Config:
+        """The configuration for a command that opens the store itself. What only a server needs may be missing beside
+        the URL of a database. Raises ConfigError."""
+        config = self.load(with_data=False).config
+        return config if config.store.url else self.load().config
 
 
-def load_for_store(*, db: str | None = None, config: str | None = None) -> Config:
-    """The configuration for a command that opens the store itself. What only a server needs may be missing beside the
-    URL of a database. Raises ConfigError."""
-    chosen = load_config(db=db, config=config, with_data=False).config
-    return chosen if chosen.store.url else load_config(db=db, config=config).config
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ServerFlags:
+    """The flags of a server that is started or whose configuration is examined."""
+
+    addr: Addr = None
+    store: StoreFlags = StoreFlags()
+    master_key_file: MasterKeyFile = None
+    dev: Dev = None
+
+    def load(self, log_format: str | None = None) -> LoadedConfig:
+        """The configuration, with the errors of `StoreFlags.load`."""
+        settings = {"addr": self.addr, "kms.master_key_file": self.master_key_file, "server.dev": self.dev}
+        return self.store.load({**settings, "logging.format": log_format})
 
 
 def existing_directory(path: Path) -> Path:

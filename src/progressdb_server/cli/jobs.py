@@ -14,10 +14,10 @@ from urllib.parse import quote
 
 from cyclopts import App, Parameter
 
-from minikms.commands.output import confirm, counted, print_result, print_table, progress_bar
+from minikms.commands.output import Table, confirm, counted, print_result, progress_bar
 from minikms.commands.usage import CommandError
-from progressdb_server.cli.admin_client import AdminClient, UnreachableError
-from progressdb_server.cli.flags import Json, KeyFile, Url
+from progressdb_server.cli.admin_client import AdminClient, AdminFlags, UnreachableError
+from progressdb_server.cli.flags import Json
 from progressdb_server.config import duration_s
 from progressdb_server.jobs.states import ALL_THREADS, THREADS_NAMED_MAX
 
@@ -49,8 +49,7 @@ def rotate_dek(
     unthrottled: Annotated[bool, Parameter(help="Re-encrypt without a bound.")] = False,
     wait: Annotated[bool, Parameter(help="Wait until the jobs have ended.", negative="--no-wait")] = True,
     as_json: Json = False,
-    url: Url = None,
-    api_key_file: KeyFile = None,
+    admin: AdminFlags = AdminFlags(),
 ) -> int:
     """Give threads new keys and re-encrypt their records, in the background, while the server runs.
 
@@ -67,7 +66,7 @@ def rotate_dek(
     chosen = {name: value for name, value in asked.items() if value}
     if len(chosen) != 1:
         raise CommandError("name threads, or give one of --all, --older-than and --kek-version")
-    client = AdminClient.from_flags(url, api_key_file)
+    client = admin.client()
     how: dict[str, object] = {}
     if destroy_old_after:
         how["destroy_old_after"] = destroy_old_after
@@ -101,18 +100,17 @@ def list_jobs(
     status: Annotated[str, Parameter(help="Only jobs in this state.")] = "",
     limit: Annotated[int, Parameter(help="How many; 0: all.")] = JOBS_PAGE,
     as_json: Json = False,
-    url: Url = None,
-    api_key_file: KeyFile = None,
-) -> int:
+    admin: AdminFlags = AdminFlags(),
+) -> None:
     """List jobs, newest first."""
-    jobs = _jobs(AdminClient.from_flags(url, api_key_file), f"/admin/jobs?status={quote(status)}&", limit)
-    return _listed(jobs, as_json, "no jobs")
+    jobs = _jobs(admin.client(), f"/admin/jobs?status={quote(status)}&", limit)
+    _listed(jobs, as_json, "no jobs")
 
 
 @app.command(name="show")
-def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+def show(job_id: JobId, *, as_json: Json = False, admin: AdminFlags = AdminFlags()) -> None:
     """Show a job, with the records that it could not re-encrypt."""
-    job = AdminClient.from_flags(url, api_key_file).call("GET", _target(job_id))
+    job = admin.client().call("GET", _target(job_id))
     lines = [
         f"{name[:-3]}: {_moment(value)}" if name.endswith("_ns") else f"{name}: {value}"
         for name, value in job.items()
@@ -120,47 +118,45 @@ def show(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file:
     ]
     lines += [f"failed: {failure['key']} ({failure['code']})" for failure in job["failures"]]
     print_result(job, lines, json=as_json)
-    return 0
 
 
 @app.command(name="watch")
-def watch(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+def watch(job_id: JobId, *, as_json: Json = False, admin: AdminFlags = AdminFlags()) -> int:
     """Follow a job until it no longer runs."""
-    job = _watch(AdminClient.from_flags(url, api_key_file), job_id)
+    job = _watch(admin.client(), job_id)
     print_result(job, _sentence(job), json=as_json)
     return 0 if job["status"] == "done" else 1
 
 
 @app.command(name="pause")
-def pause(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+def pause(job_id: JobId, *, as_json: Json = False, admin: AdminFlags = AdminFlags()) -> None:
     """Pause a job until it is resumed."""
-    return _control(job_id, "pause", as_json, AdminClient.from_flags(url, api_key_file))
+    _control(job_id, "pause", as_json, admin.client())
 
 
 @app.command(name="resume")
-def resume(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+def resume(job_id: JobId, *, as_json: Json = False, admin: AdminFlags = AdminFlags()) -> None:
     """Resume a paused job, or retry a failed one."""
-    return _control(job_id, "resume", as_json, AdminClient.from_flags(url, api_key_file))
+    _control(job_id, "resume", as_json, admin.client())
 
 
 @app.command(name="cancel")
-def cancel(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+def cancel(job_id: JobId, *, as_json: Json = False, admin: AdminFlags = AdminFlags()) -> None:
     """Cancel a job. Records that it has re-encrypted stay under the new key; the others stay under the old key."""
-    return _control(job_id, "cancel", as_json, AdminClient.from_flags(url, api_key_file))
+    _control(job_id, "cancel", as_json, admin.client())
 
 
-def _control(job_id: str, action: str, as_json: bool, client: AdminClient) -> int:
+def _control(job_id: str, action: str, as_json: bool, client: AdminClient) -> None:
     job = client.call("POST", f"{_target(job_id)}/{action}")
     print_result(job, _sentence(job), json=as_json)
-    return 0
 
 
 # --- backups ------------------------------------------------------------------------------------------------------
 @backups.command(name="list")
-def list_backups(*, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+def list_backups(*, as_json: Json = False, admin: AdminFlags = AdminFlags()) -> None:
     """List the jobs that have backups, newest first."""
-    jobs = _jobs(AdminClient.from_flags(url, api_key_file), "/admin/backups?")
-    return _listed(jobs, as_json, "no DEK rotation has kept records; backups of the store: progressdb backup list")
+    jobs = _jobs(admin.client(), "/admin/backups?")
+    _listed(jobs, as_json, "no DEK rotation has kept records; backups of the store: progressdb backup list")
 
 
 @backups.command(name="prune")
@@ -172,13 +168,12 @@ def prune(
     every: Annotated[bool, Parameter(name="--all", help="The backups of every finished job.")] = False,
     yes: Annotated[bool, Parameter(name=["--yes", "-y"], help="Do not ask.")] = False,
     as_json: Json = False,
-    url: Url = None,
-    api_key_file: KeyFile = None,
-) -> int:
+    admin: AdminFlags = AdminFlags(),
+) -> None:
     """Remove backups permanently. The records themselves do not change."""
     if sum(map(bool, (job_ids, older_than, every))) != 1:
         raise CommandError("name jobs, or give one of --older-than and --all")
-    client = AdminClient.from_flags(url, api_key_file)
+    client = admin.client()
     chosen = list(job_ids)
     if not chosen:
         chosen = [job["job_id"] for job in _jobs(client, "/admin/backups?") if _old(job, older_than)]
@@ -187,17 +182,15 @@ def prune(
     removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
     total = sum(one["removed"] for one in removed)
     print_result(removed, f"{counted(total, 'backup')} of {counted(len(removed), 'job')} removed", json=as_json)
-    return 0
 
 
 @backups.command(name="restore")
-def restore(job_id: JobId, *, as_json: Json = False, url: Url = None, api_key_file: KeyFile = None) -> int:
+def restore(job_id: JobId, *, as_json: Json = False, admin: AdminFlags = AdminFlags()) -> None:
     """Restore the records that a job re-encrypted. The planned destruction of the old key is cancelled."""
-    client = AdminClient.from_flags(url, api_key_file)
+    client = admin.client()
     outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
     said = f"{counted(outcome['restored'], 'record')} restored, {outcome['kept']} left: they were changed since"
     print_result(outcome, said, json=as_json)
-    return 0
 
 
 def _old(job: dict[str, Any], older_than: str) -> bool:
@@ -263,18 +256,15 @@ def _sentence(job: dict[str, Any]) -> str:
     return f"{text} [{job['job_id']}]"
 
 
-def _listed(jobs: list[dict[str, Any]], as_json: bool, none: str) -> int:
-    if as_json or not jobs:
-        print_result(jobs, none, json=as_json)
-        return 0
+def _listed(jobs: list[dict[str, Any]], as_json: bool, none: str) -> None:
     counts = ("done", "total", "failed", "backups")
     rows = [
         [job["job_id"], job["thread_id"], job["status"], *(job[name] for name in counts), _moment(job["updated_ns"]),
          job["reason"] or (job["destroy_waits_for"] and f"old key kept: {job['destroy_waits_for']}")]
         for job in jobs
     ]  # fmt: skip
-    print_table(("job", "thread", "status", *counts, "changed", "note"), rows, right=counts)
-    return 0
+    table = Table(("job", "thread", "status", *counts, "changed", "note"), rows, counts)
+    print_result(jobs, table if jobs else none, json=as_json)
 
 
 def _moment(ns: int) -> str:

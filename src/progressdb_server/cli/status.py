@@ -21,7 +21,7 @@ from minikms.client import Client
 from minikms.commands.output import counted, print_result
 from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_serving, found_socket, is_own, say_chosen
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
-from progressdb_server.cli.flags import ConfigFile, ConfiguredUrl, Db, Json, load_config
+from progressdb_server.cli.flags import ConfiguredUrl, Json, StoreFlags
 from progressdb_server.config import Config
 
 KMS_WAIT_S: Final = 0.5
@@ -37,8 +37,7 @@ _NOT_WORKING: Final = {"writes": "it takes no writes", "key_service": "its key s
 def status(
     *,
     url: ConfiguredUrl = None,
-    db: Db = None,
-    config: ConfigFile = None,
+    flags: StoreFlags = StoreFlags(),
     watch: Watch = False,
     interval: Interval = INTERVAL_SECONDS,
     json: Json = False,
@@ -50,11 +49,11 @@ def status(
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
-    chosen = load_config(db=db, config=config, with_data=False).config
+    chosen = flags.load(with_data=False).config
     if url is None and not chosen.storage.db_path and not chosen.store.url and is_own(_OWN_DIRECTORY, stat.S_ISDIR):
-        db = _OWN_DIRECTORY
-        say_chosen("--db", db)
-    chosen = load_config(db=db, config=config, with_data=url is None).config
+        flags = StoreFlags(_OWN_DIRECTORY, flags.config)
+        say_chosen("--db", _OWN_DIRECTORY)
+    chosen = flags.load(with_data=url is None).config
     if not _knows_key_service(chosen) and (found := found_socket(None)):
         chosen = replace(chosen, kms=replace(chosen.kms, socket=found))
     while True:

@@ -14,7 +14,7 @@ from cyclopts import App, Parameter
 
 from minikms.commands.output import counted, print_result, progress_bar
 from minikms.commands.usage import EXIT_FAILED, CommandError
-from progressdb_server.cli.flags import ConfigFile, Json, load_config
+from progressdb_server.cli.flags import ConfigFile, Json, StoreFlags
 from progressdb_server.store import copying, places
 from progressdb_server.store.model import StoreLockedError
 
@@ -35,22 +35,20 @@ def init(
     ] = "",
     config: ConfigFile = None,
     json: Json = False,
-) -> int:
+) -> None:
     """Make the tables in an empty database."""
     found = _url(url, config)
     asyncio.run(places.module_of(found, "tables").init(found, role))
     print_result({"made": True}, "the store is made", json=json)
-    return 0
 
 
 @app.command(name="upgrade")
-def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -> int:
+def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -> None:
     """Bring the tables to this version. Servers of an earlier version write nothing from then on."""
     found = _url(url, config)
     before, after = asyncio.run(places.module_of(found, "tables").upgrade(found))
     said = f"the store has schema {after}" + ("" if after == before else f", and had {before}")
     print_result({"schema": after, "before": before}, said, json=json)
-    return 0
 
 
 @app.command(name="copy")
@@ -59,7 +57,7 @@ def copy(
     source: Annotated[str, Parameter(name="--from", help="The store: postgresql://… or the directory of its server.")],
     target: Annotated[str, Parameter(name="--to", help="postgresql://… with tables of `init`, or a new directory.")],
     json: Json = False,
-) -> int:
+) -> None:
     """Copy a whole store into an empty one, and compare both. No server may run on either.
 
     The same call continues a copy that was interrupted. Exit status: 0 copied, 1 not copied, 2 there is no store, the
@@ -80,11 +78,10 @@ def copy(
         f"{done.entries:,} entries are the same on both sides: {done.digest}",
     )
     print_result(page, lines, json=json)
-    return 0
 
 
 def _url(url: str | None, config: ConfigFile) -> str:
-    found = url or load_config(config=config, with_data=False).config.store.url
+    found = url or StoreFlags(config=config).load(with_data=False).config.store.url
     if not found:
         raise CommandError("no database is named: use --url, PROGRESSDB_STORE_URL or store.url")
     return found

@@ -13,6 +13,7 @@ import pytest
 from minikms.commands.usage import CommandError
 from progressdb_server.cli import backup
 from progressdb_server.cli.admin_client import AdminClient
+from progressdb_server.cli.flags import StoreFlags
 from progressdb_server.cli.status import status
 from progressdb_server.config import Config, ConfigMissingError
 from progressdb_server.store.model import StoreLockedError
@@ -124,4 +125,4 @@ def test_a_backup_that_another_server_made_is_not_reported_as_made(
     monkeypatch.setattr("progressdb_server.store.backup.open_register", locked)
     monkeypatch.setattr(AdminClient, "call", lambda *_, **__: {})
     with pytest.raises(CommandError, match="has backed up another store: it made no"):
-        backup.create("monday", store_only=True, url="http://127.0.0.1:1", db=str(tmp_path))
+        backup.create("monday", store_only=True, url="http://127.0.0.1:1", flags=StoreFlags(str(tmp_path)))
