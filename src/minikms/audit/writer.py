@@ -86,15 +86,15 @@ class Reserve:
 
     def release(self) -> bool:
         """Free the next `RELEASE_BYTES`. False if nothing is left."""
-        left = max(0, self.left_bytes - RELEASE_BYTES)
+        left_bytes = max(0, self.left_bytes - RELEASE_BYTES)
         if self.left_bytes == 0:
             return False
         try:
-            os.truncate(self._path, left)
+            os.truncate(self._path, left_bytes)
         except OSError:
             self.left_bytes = 0
             return False
-        self.left_bytes = left
+        self.left_bytes = left_bytes
         return True
 
 

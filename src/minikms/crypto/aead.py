@@ -111,15 +111,15 @@ class Kdf:
     def __init__(self, key: memoryview) -> None:
         self._blocks = blocks = bytearray(KEY_BYTES)
         """What is encrypted: for each half of a derived key its header and the prefix, plus K1."""
-        self._made = made = bytearray(KEY_BYTES + _BLOCK_BYTES - 1)  # the library asks for almost a block more
+        self._made = block = bytearray(KEY_BYTES + _BLOCK_BYTES - 1)  # the library asks for almost a block more
         self._k1 = k1 = bytearray(_BLOCK_BYTES)
         self._encryptor = Cipher(AES(key), _ECB).encryptor()
-        self._encryptor.update_into(blocks, made)
+        self._encryptor.update_into(blocks, block)
         # K1 is twice the encrypted block of zeroes, in GF(2^128). Its bytes pass through integers of which CPython has
         # one shared object each, as the text of a key does in the arena.
         for place, following in enumerate(range(1, _BLOCK_BYTES)):
-            k1[place] = _DOUBLED[made[place]] | _CARRIED[made[following]]
-        k1[-1] = _DOUBLED[made[_BLOCK_BYTES - 1]] ^ _REDUCED[made[0]]
+            k1[place] = _DOUBLED[block[place]] | _CARRIED[block[following]]
+        k1[-1] = _DOUBLED[block[_BLOCK_BYTES - 1]] ^ _REDUCED[block[0]]
         for place, (first, second) in enumerate(zip(*_HEADERS, strict=True)):
             blocks[place] = first ^ k1[place]
             blocks[place + _BLOCK_BYTES] = second ^ k1[place]

@@ -78,7 +78,7 @@ def split_header(sealed: Iterable[bytes]) -> tuple[StreamHeader, Iterator[bytes]
     Raises InvalidRequestError if the data is not a stream, or has another version.
     """
     parts = iter(sealed)
-    head, left = _take(parts, _HEAD.size)
+    head, tail = _take(parts, _HEAD.size)
     if len(head) < _HEAD.size or not head.startswith(_MAGIC):
         raise InvalidRequestError("this is not a stream that miniKMS encrypted")
     _, version, key_id, wrapped_bytes = _HEAD.unpack(head)
@@ -88,10 +88,10 @@ def split_header(sealed: Iterable[bytes]) -> tuple[StreamHeader, Iterator[bytes]
     if api.KEY_ID_PATTERN.fullmatch(text) is None or not 1 <= wrapped_bytes <= WRAPPED_KEY_BYTES_MAX:
         raise InvalidRequestError("the header of the stream is damaged")
     # `chain` does not close `parts` when it is dropped; a generator with `yield from` would.
-    wrapped, left = _take(chain((left,), parts), wrapped_bytes)
+    wrapped, tail = _take(chain((tail,), parts), wrapped_bytes)
     if len(wrapped) < wrapped_bytes:
         raise InvalidRequestError("the stream ends within its header")
-    return StreamHeader(text, wrapped), chain((left,), parts)
+    return StreamHeader(text, wrapped), chain((tail,), parts)
 
 
 def open_stream(key: memoryview, header: StreamHeader, sealed: Iterable[bytes]) -> Iterator[bytes]:

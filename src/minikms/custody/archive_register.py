@@ -100,11 +100,13 @@ class ArchiveRegister:
         An unreadable register or entry is not an error, since the key is destroyed already; a text takes its place.
         """
         try:
-            found = self._read_all()
+            registered = self._read_all()
         except (OSError, StorageUnavailableError):
             return [[f"unknown: {DIRECTORY} in the data directory can't be read"]] * len(key_ids)
-        unknown = [f"unknown: {DIRECTORY}/{name} can't be read" for name in sorted(found) if found[name] is None]
-        readable = _oldest_first(found)
+        unknown = [
+            f"unknown: {DIRECTORY}/{name} can't be read" for name in sorted(registered) if registered[name] is None
+        ]
+        readable = _oldest_first(registered)
         return [[*(entry.path for entry in readable if entry.may_hold(key_id)), *unknown] for key_id in key_ids]
 
     def _read_all(self) -> dict[str, RegisteredArchive | None]:
@@ -113,14 +115,14 @@ class ArchiveRegister:
             descriptor = open_directory(self._directory)
         except FileNotFoundError:
             return {}
-        found: dict[str, RegisteredArchive | None] = {}
+        registered: dict[str, RegisteredArchive | None] = {}
         with closed_after(descriptor):
             for name in os.listdir(descriptor):
                 match = _NAME.fullmatch(name)
                 if match is not None:
                     entry = _read(descriptor, name)
-                    found[name] = entry if entry is not None and entry.archive_id == match[1] else None
-        return found
+                    registered[name] = entry if entry is not None and entry.archive_id == match[1] else None
+        return registered
 
     def forget(self, archive_id: str) -> None:
         """Removes the entry of an archive that no longer exists. Raises StorageUnavailableError."""
@@ -136,8 +138,8 @@ def _read(descriptor: int, name: str) -> RegisteredArchive | None:
         return None
 
 
-def _oldest_first(found: dict[str, RegisteredArchive | None]) -> list[RegisteredArchive]:
-    readable = (entry for entry in found.values() if entry is not None)
+def _oldest_first(registered: dict[str, RegisteredArchive | None]) -> list[RegisteredArchive]:
+    readable = (entry for entry in registered.values() if entry is not None)
     return sorted(readable, key=lambda entry: (entry.begun_ms, entry.archive_id))
 
 

@@ -97,12 +97,12 @@ def read_settled(name: str, *, dir_fd: int, is_valid: Callable[[bytes], bool]) -
     """
     before: bytes | None = None
     for number in range(SETTLE_READS_MAX):
-        found = read_file_bounded(name, FILE_BYTES, dir_fd=dir_fd)
-        if found is None or (found == before and is_valid(found)):
-            return found
+        content = read_file_bounded(name, FILE_BYTES, dir_fd=dir_fd)
+        if content is None or (content == before and is_valid(content)):
+            return content
         if number:
             time.sleep(SETTLE_SECONDS)
-        before = found
+        before = content
     return before
 
 
@@ -155,8 +155,8 @@ class DekStore:
     def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:
         """The content of each key's file, or the error of `read`. For a worker thread."""
         found: list[tuple[str, bytes | KmsRefusedError]] = []
-        left = iter(key_ids)
-        while part := list(itertools.islice(left, READ_AHEAD_FILES)):
+        remaining = iter(key_ids)
+        while part := list(itertools.islice(remaining, READ_AHEAD_FILES)):
             answers = self._answers
             contents = read_files_of(map(file_name, part), FILE_BYTES, dir_fd=self.directory_fd)
             settled = self._answers is answers  # else the files may have been written while they were read

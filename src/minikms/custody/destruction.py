@@ -91,32 +91,32 @@ class Destruction:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
         try:
-            found = await self._find_records(key_ids)
+            records = await self._find_records(key_ids)
         except StorageUnavailableError as error:
             return [self._failed(key_id, error, begun=False) for key_id in key_ids]
         outcomes: dict[str, Removal | KmsRefusedError] = {
-            key_id: self._failed(key_id, error, begun=False) for key_id, error in found.unreadable.items()
+            key_id: self._failed(key_id, error, begun=False) for key_id, error in records.unreadable.items()
         }
-        going = [held for held in locks if found.unreadable.keys().isdisjoint(held.key_ids)]
+        removable = [held for held in locks if records.unreadable.keys().isdisjoint(held.key_ids)]
         # Destroyed before: they fail again, but their other backups are blanked.
-        stuck = [held for held in locks if not (found.unreadable.keys() & repeated).isdisjoint(held.key_ids)]
+        stuck = [held for held in locks if not (records.unreadable.keys() & repeated).isdisjoint(held.key_ids)]
         try:
-            await self._write_tombstones([key_id for held in (*going, *stuck) for key_id in held.key_ids])
+            await self._write_tombstones([key_id for held in (*removable, *stuck) for key_id in held.key_ids])
         except StorageUnavailableError as error:
             return [outcomes.get(key_id) or self._failed(key_id, error) for key_id in key_ids]
-        for part in (going, stuck):
-            outcomes.update(await self._remove(part, repeated, found))
+        for part in (removable, stuck):
+            outcomes.update(await self._remove(part, repeated, records))
         return [outcomes[key_id] for key_id in key_ids]
 
     async def _remove(
-        self, locks: Sequence[HeldKeys], repeated: Container[str], found: FoundRecords
+        self, locks: Sequence[HeldKeys], repeated: Container[str], records: FoundRecords
     ) -> dict[str, Removal | KmsRefusedError]:
         """Step three: blanks the records of the keys and removes their files."""
         key_ids = [key_id for held in locks for key_id in held.key_ids]
         if not key_ids:
             return {}
         try:
-            removed = await self._remove_files(locks, repeated, found)
+            removed = await self._remove_files(locks, repeated, records)
         except StorageUnavailableError as error:
             return {key_id: self._failed(key_id, error) for key_id in key_ids}
         self.unfinished.difference_update(key_ids)

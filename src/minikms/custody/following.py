@@ -102,8 +102,8 @@ class Following:
         listing = vault.store.list_ids()
         while chunk := await in_worker(self._disk, lambda: list(itertools.islice(listing, SCAN_FILES))):
             self._left.update(key_id for key_id in chunk if key_id in vault.destroyed)
-            found = await self.present([key_id for key_id in chunk if key_id not in self._left])
-            contents = {key_id: content for key_id, content in found.items() if content}
+            present = await self.present([key_id for key_id in chunk if key_id not in self._left])
+            contents = {key_id: content for key_id, content in present.items() if content}
             entries = entries.changed(added=len(contents), new=self._terms(contents))
         self.entries, self.agrees, self.repairs, self._repaired = entries, False, False, False
 
@@ -202,7 +202,7 @@ class Following:
         if request.tombstones_after > destroyed.count or len(records) % RECORD_BYTES:
             raise ConflictError(f"tombstones after {destroyed.count} are needed first")
         records = records[(destroyed.count - request.tombstones_after) * RECORD_BYTES :]
-        found: list[Staged] = []
+        batches: list[Staged] = []
         chain, key = destroyed.chain, self._vault.unlocked.tombstone_key
         for start in range(0, len(records), APPEND_RECORDS_MAX * RECORD_BYTES):
             part = records[start : start + APPEND_RECORDS_MAX * RECORD_BYTES]
@@ -213,10 +213,10 @@ class Following:
                 chain.take(record)
                 if chain.count % STONES_SLICE == 0:
                     await asyncio.sleep(0)
-            found.append(Staged(part, chain.copy()))
+            batches.append(Staged(part, chain.copy()))
         if chain.count > log.count:
             raise ReplicaForkedError("the database has more tombstones than its keyring counts")
-        return found
+        return batches
 
     def _check_tombstones(self, stones: Sequence[Staged], body: Body) -> None:
         """Checks that the tombstones end where the keyring says. Raises ReplicaForkedError."""
@@ -238,7 +238,7 @@ class Following:
         except KeyUnreadableError as error:
             raise ReplicaForkedError(f"of the database, {error}") from None
         present = await self.present(list(contents))
-        found: list[_File] = []
+        files: list[_File] = []
         for key_id, content in contents.items():
             record, old = records[key_id], present.get(key_id, b"")
             if not body.has_kek(record.kek_version):
@@ -247,10 +247,10 @@ class Following:
                 with contextlib.suppress(KeyUnreadableError):
                     if dek.parse(old, key_id).version > record.version:
                         raise ReplicaRolledBackError(f"the database has an older file of key {key_id} than this host")
-                found.append(_File(record, content, old, key_id in present))
+                files.append(_File(record, content, old, key_id in present))
             else:
                 self._vault.adopt(record)  # a start before its KEK was here did not
-        return found
+        return files
 
     async def verified(self, contents: Mapping[str, bytes]) -> dict[str, DekRecord]:
         """The records of key files, each of which unwraps. Raises KeyUnreadableError."""

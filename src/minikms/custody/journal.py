@@ -284,8 +284,8 @@ class Journal:
 
     def forget(self, key_ids: Iterable[str]) -> None:
         """Blanks the records of keys, durably. Raises StorageUnavailableError; then call it again."""
-        going = set(key_ids)
-        numbers = [at for at, change in enumerate(self._records) if change is not None and change.key_id in going]
+        removed_ids = set(key_ids)
+        numbers = [at for at, change in enumerate(self._records) if change is not None and change.key_id in removed_ids]
         for number in numbers:  # first: whatever fails, the journal is flushed without these keys
             self._records[number] = None
         if self._failed:
@@ -399,10 +399,10 @@ def replay(
     content = read_file_bounded(NAME, BYTES_MAX, dir_fd=directory_fd)
     if content is None:
         return Replayed()
-    found = decode(content)
+    journal = decode(content)
     written = 0
     writes: list[FileWrite] = []
-    for chain in chains(change for change in found.intact if change.key_id not in destroyed).values():
+    for chain in chains(change for change in journal.intact if change.key_id not in destroyed).values():
         present = _content(store, chain.key_id)
         new = chain.due(present, has_kek)
         if new is None:
@@ -412,7 +412,7 @@ def replay(
         written += present != new
         writes.append(FileWrite(file_name(chain.key_id), new))
     _write_all(store, writes)
-    if found.damaged or any(change.old for change in found.intact):
+    if journal.damaged or any(change.old for change in journal.intact):
         if not is_whole(content):
             content = completed(content)
             replace_file_from(directory_fd, NAME, (content,))
@@ -420,7 +420,7 @@ def replay(
         backups.adopt(directory_fd, NAME, stamp, named[0], named[-1])
     else:
         remove_file(directory_fd, NAME)
-    return Replayed(written, len(found.damaged))
+    return Replayed(written, len(journal.damaged))
 
 
 def _write_all(store: DekStore, writes: Sequence[FileWrite]) -> None:

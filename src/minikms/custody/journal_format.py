@@ -114,8 +114,8 @@ def completed(content: bytes) -> bytes:
     if is_whole(content):
         return content
     rest = max(0, len(content) - len(MAGIC)) % RECORD_BYTES
-    left = content[len(content) - rest :] if rest >= KEY_ID_BYTES else b""
-    return content[: len(content) - rest].ljust(len(MAGIC), b"\xff") + left.ljust(RECORD_BYTES, b"\xff")
+    tail = content[len(content) - rest :] if rest >= KEY_ID_BYTES else b""
+    return content[: len(content) - rest].ljust(len(MAGIC), b"\xff") + tail.ljust(RECORD_BYTES, b"\xff")
 
 
 def offsets(content: bytes) -> range:
@@ -186,13 +186,13 @@ class Chain(NamedTuple):
                 return content
         return None if self.made else self.contents[-1]
 
-    def is_due(self, found: bytes | None) -> bool:
+    def is_due(self, content: bytes | None) -> bool:
         """Whether a replay may write the file. It leaves another valid content, and makes no file that was there before
         the first change.
         """
-        if found is None:
+        if content is None:
             return self.made
-        return not dek.is_valid(found, self.key_id) or self._is_mixture(found)
+        return not dek.is_valid(content, self.key_id) or self._is_mixture(content)
 
     def _is_mixture(self, content: bytes) -> bool:
         """Whether each byte is that of one of the contents, at its place. The contents themselves are, too."""
@@ -205,12 +205,12 @@ class Chain(NamedTuple):
 
 def chains(changes: Iterable[Change]) -> dict[str, Chain]:
     """The chain of each key, from records in their order."""
-    found: dict[str, Chain] = {}
+    by_key: dict[str, Chain] = {}
     for change in changes:
-        before = found.get(change.key_id)
+        before = by_key.get(change.key_id)
         if before is None:
             contents = (change.old, change.new) if change.old else (change.new,)
-            found[change.key_id] = Chain(change.key_id, contents, not change.old)
+            by_key[change.key_id] = Chain(change.key_id, contents, not change.old)
         else:
-            found[change.key_id] = before._replace(contents=(*before.contents, change.new))
-    return found
+            by_key[change.key_id] = before._replace(contents=(*before.contents, change.new))
+    return by_key

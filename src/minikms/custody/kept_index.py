@@ -67,15 +67,15 @@ def take(directory_fd: int, store: DekStore, unlocked: UnlockedKeyring, *, epoch
                 raise NotKeptError("of this start and the one before, only one has a policy file")
             if size != file.tell() + count * KEY_BYTES + threads_bytes or size > FILE_BYTES_MAX:
                 raise NotKeptError("the file has the wrong length")
-            found = sha256()
+            sha = sha256()
 
             def read(length: int) -> bytes:
                 part = file.read(length)
-                found.update(part)
+                sha.update(part)
                 return part
 
             index = KeyIndex.of_columns(read, count, threads_bytes, hash_key)
-            if found.digest() != digest:
+            if sha.digest() != digest:
                 raise NotKeptError("the file is damaged")
             return index
     except FileNotFoundError:

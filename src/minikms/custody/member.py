@@ -145,9 +145,9 @@ class MemberDirectory:
     async def _delta(self, written: Written) -> EntrySum:
         """What the change makes of the sum. Raises the errors of `DekStore.read`."""
         unlocked, store = self._vault.unlocked, self._vault.store
-        going = (Change(key_id, store.read(key_id), b"") for key_id in written.destroyed)
+        removals = (Change(key_id, store.read(key_id), b"") for key_id in written.destroyed)
         added = new = old = 0
-        for number, change in enumerate((*written.files, *going), 1):
+        for number, change in enumerate((*written.files, *removals), 1):
             added += bool(change.new) - bool(change.old)
             new += entry(unlocked, change.key_id, change.new) if change.new else 0
             old += entry(unlocked, change.key_id, change.old) if change.old else 0
@@ -181,9 +181,9 @@ class MemberDirectory:
         )
         for start in range(0, len(key_ids), api.REPLICA_FILES_MAX):
             part = key_ids[start : start + api.REPLICA_FILES_MAX]
-            found = await self._following.present(part)
-            await self._following.verified(found)
-            async with self._committed(Written([Change(key_id, b"", content) for key_id, content in found.items()])):
+            present = await self._following.present(part)
+            await self._following.verified(present)
+            async with self._committed(Written([Change(key_id, b"", content) for key_id, content in present.items()])):
                 pass
         records = await in_worker(self._disk, vault.destroyed.records)
         data = await in_worker(self._disk, self._keyring_file.load)

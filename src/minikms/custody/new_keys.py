@@ -88,14 +88,14 @@ class NewKeys:
         at = rfc3339(created_ns)
         first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
-        made: list[DekRecord | KmsRefusedError] = []
+        outcomes: list[DekRecord | KmsRefusedError] = []
         with self._arena.allocate() as slot, self._unlocked.kek_cipher(version) as kek:
             for number, one in enumerate(wanted):
                 try:
                     one.permit()
                     id_ms = _id_ms(one, first_ms)
                 except KmsRefusedError as error:
-                    made.append(error)
+                    outcomes.append(error)
                     continue
                 key_id = make_key_id(id_ms, random[number * KEY_ID_RANDOM_BYTES :][:KEY_ID_RANDOM_BYTES])
                 fill_random(slot.view)
@@ -111,8 +111,8 @@ class NewKeys:
                     replaces=one.replaces,
                     number=one.number,
                 )
-                made.append(record)
-        return made
+                outcomes.append(record)
+        return outcomes
 
 
 def _id_ms(wanted: Wanted, first_ms: int) -> int:

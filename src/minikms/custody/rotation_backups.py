@@ -181,12 +181,12 @@ class RotationBackups:
     def files_of(self, key_ids: Iterable[str]) -> list[KeysWithin]:
         """The files that may have records of these keys. Raises StorageUnavailableError."""
         ordered = sorted(key_ids)
-        found: list[KeysWithin] = []
+        matches: list[KeysWithin] = []
         for file in itertools.chain.from_iterable(self._by_stamp().values()):
             within = ordered[bisect_left(ordered, file.first) : bisect_right(ordered, file.last)]
             if within:
-                found.append(KeysWithin(file, within))
-        return found
+                matches.append(KeysWithin(file, within))
+        return matches
 
     def find(self, within: KeysWithin) -> list[BackupRecord]:
         """The records of these keys in the file, for `blank`. Raises StorageUnavailableError if it can't be read, or
@@ -195,22 +195,22 @@ class RotationBackups:
         file, key_ids = within
         try:
             with self._opened(file.stamp) as descriptor:
-                found = _going(_parts(descriptor, file.name), key_ids)
-                writable = not found or os.access(file.name, os.W_OK, dir_fd=descriptor)
+                records = _going(_parts(descriptor, file.name), key_ids)
+                writable = not records or os.access(file.name, os.W_OK, dir_fd=descriptor)
         except FileNotFoundError:
-            found, writable = [], True  # it was removed
+            records, writable = [], True  # it was removed
         except StorageUnavailableError as error:
             raise self._failed(file, error) from error.__cause__
         if not writable:
             raise self._failed(file, StorageUnavailableError("it can't be written"))
         self.unreadable.pop(_place(file), None)
-        return found
+        return records
 
     def blank(
         self,
         files: Sequence[KeysWithin],
         *,
-        found: Mapping[JournalFile, Sequence[BackupRecord]] = MappingProxyType({}),
+        within: Mapping[JournalFile, Sequence[BackupRecord]] = MappingProxyType({}),
         anew: Container[str] = (),
     ) -> Counter[str]:
         """Overwrites the records of destroyed keys, durably on return. Returns the number of records of each key.
@@ -233,22 +233,22 @@ class RotationBackups:
                 copy = bytearray() if fresh else None
                 try:
                     with self._opened(file.stamp) as descriptor:
-                        if fresh or file not in found:
-                            going = _going(_parts(descriptor, file.name, copy), key_ids)
+                        if fresh or file not in within:
+                            matches = _going(_parts(descriptor, file.name, copy), key_ids)
                         else:  # it may have records of keys whose destruction was refused
-                            going = [each for each in found[file] if not each.key_id or each.key_id in key_ids]
+                            matches = [each for each in within[file] if not each.key_id or each.key_id in key_ids]
                         if copy is not None:
-                            self._write_anew(descriptor, file, copy, going)
-                        elif going:
+                            self._write_anew(descriptor, file, copy, matches)
+                        elif matches:
                             patched.append(file)
-                            self._patch(descriptor, file, going, sync=not by_syncfs)
+                            self._patch(descriptor, file, matches, sync=not by_syncfs)
                 except FileNotFoundError:
                     continue  # the stamp was pruned
                 except StorageUnavailableError as error:
                     failure = failure or self._failed(file, error)
                 else:
                     self.unreadable.pop(_place(file), None)
-                    counts.update(record.key_id for record in going)
+                    counts.update(record.key_id for record in matches)
             if by_syncfs and patched:
                 self._sync_all(root, patched)
         if failure is not None:
@@ -258,9 +258,9 @@ class RotationBackups:
                 del failure  # the traceback of an error leads to this frame
         return counts
 
-    def _patch(self, descriptor: int, file: JournalFile, going: Sequence[BackupRecord], *, sync: bool) -> None:
+    def _patch(self, descriptor: int, file: JournalFile, removed: Sequence[BackupRecord], *, sync: bool) -> None:
         self._unsure.add(file)
-        patch_file(descriptor, file.name, [(record.offset, BLANK) for record in going], sync=sync)
+        patch_file(descriptor, file.name, [(record.offset, BLANK) for record in removed], sync=sync)
         if sync:
             self._unsure.discard(file)
 
@@ -272,12 +272,12 @@ class RotationBackups:
         self._unsure.difference_update(patched)
 
     def _write_anew(
-        self, descriptor: int, file: JournalFile, content: bytearray, going: Sequence[BackupRecord]
+        self, descriptor: int, file: JournalFile, content: bytearray, removed: Sequence[BackupRecord]
     ) -> None:
         """`content`: as it was read when `going` was found. A second read may find a record again that was blank: after
         a failed sync the kernel may drop the pages.
         """
-        for record in going:
+        for record in removed:
             content[record.offset : record.offset + RECORD_BYTES] = BLANK
         replace_file(descriptor, file.name, bytes(content))
         self._unsure.discard(file)
@@ -296,7 +296,7 @@ class RotationBackups:
         """The keys of `destroyed` that have a record in the file, for `blank`; None if it needs no blanking. It reads
         the whole file, and notes whether it is damaged. Raises StorageUnavailableError.
         """
-        found: set[str] = set()
+        key_ids: set[str] = set()
         half_blank = damaged = False
         try:
             with self._opened(file.stamp) as descriptor:
@@ -304,7 +304,7 @@ class RotationBackups:
                     change = journal_format.parse(record)
                     named = journal_format.ids_in(record) if change is None else (change.key_id,)
                     gone = [key_id for key_id in named if key_id in destroyed]
-                    found.update(gone)
+                    key_ids.update(gone)
                     if change is None:
                         half_blank = half_blank or journal_format.is_half_blank(record, offset)
                         damaged = damaged or not (gone or journal_format.has_empty_sector(record, offset))
@@ -315,8 +315,8 @@ class RotationBackups:
             raise
         self.unreadable.pop(_place(file), None)
         self._note(file, damaged=damaged)
-        if found or half_blank or file in self._unsure:
-            return KeysWithin(file, sorted(found))
+        if key_ids or half_blank or file in self._unsure:
+            return KeysWithin(file, sorted(key_ids))
         return None
 
     def oldest_stamp_of(self, rotations: int) -> str | None:
@@ -362,15 +362,15 @@ class RotationBackups:
         except StorageUnavailableError as error:
             self.unreadable[_place(file)] = str(error)
             return 0
-        going = [record for record in records if not keeps(record)]
+        prunable = [record for record in records if not keeps(record)]
         self._note(file, damaged=any(record.damaged and keeps(record) for record in records))
-        if len(going) == len(records):
+        if len(prunable) == len(records):
             remove_file(descriptor, file.name)
         elif copy is not None:
-            self._write_anew(descriptor, file, copy, going)
-        elif going:
-            self._patch(descriptor, file, going, sync=True)
-        return len(going)
+            self._write_anew(descriptor, file, copy, prunable)
+        elif prunable:
+            self._patch(descriptor, file, prunable, sync=True)
+        return len(prunable)
 
     def _note(self, file: JournalFile, *, damaged: bool) -> None:
         (self.damaged.add if damaged else self.damaged.discard)(_place(file))
@@ -461,7 +461,7 @@ def _records(parts: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
 
 
 def _backup_records(parts: Iterable[tuple[int, bytes]]) -> list[BackupRecord]:
-    found: list[BackupRecord] = []
+    records: list[BackupRecord] = []
     for offset, record in _records(parts):
         change = journal_format.parse(record)
         named = journal_format.ids_in(record) if change is None else {change.key_id}
@@ -469,13 +469,13 @@ def _backup_records(parts: Iterable[tuple[int, bytes]]) -> list[BackupRecord]:
         # A damaged record is none that can be unwrapped.
         content = b"" if change is None else change.old or change.new
         damaged = change is None and not journal_format.has_empty_sector(record, offset)
-        found.append(BackupRecord(key_id, content, offset, damaged))
-    return found
+        records.append(BackupRecord(key_id, content, offset, damaged))
+    return records
 
 
 def _going(parts: Iterable[tuple[int, bytes]], key_ids: Iterable[str]) -> list[BackupRecord]:
     """The records of these keys, and those that a crash left half blank."""
-    going: list[BackupRecord] = []
+    matches: list[BackupRecord] = []
     named = {form: key_id for key_id in key_ids for form in (key_id_to_bytes(key_id), b'{"id":"%s' % key_id.encode())}
     marks = {0, *(form[-1] for form in named)}  # the id of a half blank record is zero
     for start, part in parts:
@@ -486,8 +486,8 @@ def _going(parts: Iterable[tuple[int, bytes]], key_ids: Iterable[str]) -> list[B
             raw_id, old, new = _IDS.unpack_from(part, place)
             key_id = named.get(raw_id) or named.get(old) or named.get(new, "")
             if key_id or journal_format.is_half_blank(part[place : place + RECORD_BYTES], start + place):
-                going.append(BackupRecord(key_id, b"", start + place))
-    return going
+                matches.append(BackupRecord(key_id, b"", start + place))
+    return matches
 
 
 _PART_BYTES: Final = journal_format.PART_RECORDS * RECORD_BYTES

@@ -108,15 +108,15 @@ class SettledKeys:
 
     def each(self, key_ids: Iterable[str]) -> Iterator[SettledKey]:
         """What `read` returns of these keys, or its error, without those that have no file. Raises as `key_ids`."""
-        left = iter(key_ids)
-        while part := list(itertools.islice(left, READ_AHEAD_FILES)):
+        remaining = iter(key_ids)
+        while part := list(itertools.islice(remaining, READ_AHEAD_FILES)):
             contents: Sequence[bytes | None] = [None] * len(part)
             if self._files_fd is not None:
                 contents = read_files_of(map(file_name, part), FILE_BYTES, dir_fd=self._files_fd, twice=True)
             journalled = self._journalled().chains  # after the files, as in `read`
-            for key_id, found in zip(part, contents, strict=True):
+            for key_id, file_content in zip(part, contents, strict=True):
                 record: DekRecord | KmsRefusedError | None = None
-                content = found
+                content = file_content
                 if content is not None and key_id not in journalled:
                     with contextlib.suppress(KeyUnreadableError):
                         record = dek.parse(content, key_id)
@@ -135,17 +135,17 @@ class SettledKeys:
         After a crash the file may be missing, empty, or hold an earlier content or a mixture until the next start: what
         a replay would write is returned. Raises StorageUnavailableError, KeyNotFoundError, StartError.
         """
-        found = self._read_file(key_id)
+        content = self._read_file(key_id)
         journalled = self._journalled()
         chain = journalled.chains.get(key_id)
         if chain is None:
-            if found is None or not dek.is_valid(found, key_id):
+            if content is None or not dek.is_valid(content, key_id):
                 return self._read_file(key_id)  # it may have been made since, and the journal removed
-            return found
-        due = chain.due(found, journalled.has_kek)
+            return content
+        due = chain.due(content, journalled.has_kek)
         if due is None:
-            return found
-        self.recovered += due != found
+            return content
+        self.recovered += due != content
         return due
 
     def damaged(self) -> Iterator[set[str]]:
@@ -173,17 +173,17 @@ class SettledKeys:
 
     def _journalled(self) -> _Journal:
         version = self._version(journal.NAME)
-        before, found = self._journal
+        before, parsed = self._journal
         if version is None or version != before:
             content = read_file_bounded(journal.NAME, BYTES_MAX, dir_fd=self._directory_fd)
-            found = _NO_JOURNAL
+            parsed = _NO_JOURNAL
             if content is not None:
                 intact, damaged = decode(content)
-                found = _Journal(chains(intact), damaged, self._has_kek())
+                parsed = _Journal(chains(intact), damaged, self._has_kek())
             # Records are written in place: one may follow within the same tick of the clock.
             is_settled = version is not None and time.time_ns() - version.changed_ns > CLOCK_TICK_NS
-            self._journal = (version if is_settled else None, found)
-        return found
+            self._journal = (version if is_settled else None, parsed)
+        return parsed
 
     def _has_kek(self) -> Callable[[int], bool]:
         """Whether the keyring has a KEK; the keyring is not authenticated here. Raises StorageUnavailableError,

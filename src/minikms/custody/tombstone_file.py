@@ -128,10 +128,10 @@ class Tombstones:
     def record(self, key_id: str) -> NumberedTombstone:
         """The record of a destroyed key, read back. Blocks on the disk. Raises StorageUnavailableError."""
         chain = self._chain
-        found = tombstones.find(self._read_back(chain), key_id_to_bytes(key_id), chain.count)
-        if found is None:
+        tombstone = tombstones.find(self._read_back(chain), key_id_to_bytes(key_id), chain.count)
+        if tombstone is None:
             raise StorageUnavailableError("the file of destroyed keys does not name this key")
-        return found
+        return tombstone
 
     def records(self) -> bytes:
         """All records, read back. Blocks on the disk. Raises StorageUnavailableError."""

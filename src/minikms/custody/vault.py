@@ -149,9 +149,9 @@ class Vault:
 
         Raises KeyNotFoundError, KeyDestroyedError, KeyUnreadableError, StorageUnavailableError, ArenaFullError.
         """
-        found = self.cache.get(key_id)
-        if found is not None:
-            return found
+        cached = self.cache.get(key_id)
+        if cached is not None:
+            return cached
         record = self.record(key_id)
         slot = self.arena.allocate()
         self.record_keys.stack_used = True
@@ -229,11 +229,11 @@ class Vault:
         """The newest key of the thread and purpose that is active according to the index, opened."""
         for key_id in self.index.active_of(thread_id, purpose):
             try:
-                found = self.opened(key_id)  # authenticates the thread and the purpose of the file
+                opened = self.opened(key_id)  # authenticates the thread and the purpose of the file
             except KeyNotFoundError:
                 raise KeyUnreadableError(f"the file of key {key_id} is missing; restore it from a backup") from None
-            if (found.thread_id, found.purpose) == (thread_id, purpose):  # else two tags of the index are equal
-                return found
+            if (opened.thread_id, opened.purpose) == (thread_id, purpose):  # else two tags of the index are equal
+                return opened
         return None
 
     async def _create(
@@ -397,7 +397,7 @@ class Vault:
         return found
 
     async def remove_files(
-        self, locks: Sequence[HeldKeys], repeated: Container[str], found: FoundRecords | None = None
+        self, locks: Sequence[HeldKeys], repeated: Container[str], within: FoundRecords | None = None
     ) -> list[Removal]:
         """Removes the rotation backups and the files of the destroyed keys with these locks, durably. It removes
         temporary files first, which may hold their bytes.
@@ -409,7 +409,7 @@ class Vault:
         backups = self.rotation_backups
         records: Counter[str] = Counter()
         archives: list[list[str]] = []
-        read = {} if found is None else found.files
+        read = {} if within is None else within.files
 
         def jobs() -> Iterator[bool]:
             self._sweep_temps()
@@ -421,7 +421,7 @@ class Vault:
                 if start:
                     yield True
                 try:
-                    records.update(backups.blank(files[start : start + BLANK_FILES_MAX], found=read, anew=anew))
+                    records.update(backups.blank(files[start : start + BLANK_FILES_MAX], within=read, anew=anew))
                 except StorageUnavailableError as error:
                     failure = failure or error
             if failure is not None:
@@ -448,9 +448,9 @@ class Vault:
         while await in_worker(self._executor, more):
             pass
 
-    async def blank_records(self, found: KeysWithin) -> None:
+    async def blank_records(self, within: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
-        await in_worker(self._executor, partial(self.rotation_backups.blank, [found]))
+        await in_worker(self._executor, partial(self.rotation_backups.blank, [within]))
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""
@@ -564,13 +564,13 @@ class Indexing:
         next_after, ended = "", False
         while not ended:
             chunk, next_after = index.page(after=next_after, limit=SCAN_FILES, thread_id=None, state=None)
-            left = set(chunk)
+            remaining = set(chunk)
             for record in await self._read(chunk):
                 if index.entry(record.id) == index.entry_of(record):
-                    left.remove(record.id)
+                    remaining.remove(record.id)
                 if vault.note_replaced(record):
                     await self._retire_replaced(record)
-            for key_id in sorted(left):
+            for key_id in sorted(remaining):
                 await self._correct(key_id)
             ended = not next_after
         listing = vault.store.list_ids()
@@ -586,11 +586,11 @@ class Indexing:
         async with vault.locks.hold((key_id,), announced=False):
             await vault.new_keys.groups.group_ended()  # the index has its keys then
             before = index.entry(key_id)
-            found = await self._read([key_id])
-            for record in found:
+            records = await self._read([key_id])
+            for record in records:
                 vault.unreadable.remove(key_id)
                 index.put(record)
-            if not found:
+            if not records:
                 index.remove(key_id)
             if before != index.entry(key_id):
                 self._changed.append(key_id)
@@ -636,9 +636,9 @@ class Indexing:
 
     async def _blank(self, file: JournalFile) -> None:
         backups, destroyed = self._vault.rotation_backups, self._vault.destroyed
-        found = await in_worker(self._executor, partial(backups.destroyed_in, file, destroyed))
-        if found is not None:
-            await self._vault.blank_records(found)
+        key_ids = await in_worker(self._executor, partial(backups.destroyed_in, file, destroyed))
+        if key_ids is not None:
+            await self._vault.blank_records(key_ids)
 
     def _newest_first(self) -> list[str]:
         """All key ids, sorted, so that the scan, which takes from the end, only appends to the index.
@@ -646,9 +646,9 @@ class Indexing:
         During a rotation the directory is listed twice: a listing may omit a file that is being replaced.
         """
         listings = 1 if self._vault.keyring.body.rotation is None else 2
-        found = sorted({key_id for _ in range(listings) for key_id in self._vault.store.list_ids()}, reverse=True)
+        key_ids = sorted({key_id for _ in range(listings) for key_id in self._vault.store.list_ids()}, reverse=True)
         self._vault.store.sync_directory()
-        return found
+        return key_ids
 
     def _record(self, key_id: str, data: bytes | KmsRefusedError) -> DekRecord | None:
         vault = self._vault

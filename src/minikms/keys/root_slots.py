@@ -252,12 +252,12 @@ def replaced_by(body: Body, slot_id: str) -> frozenset[str]:
     if slot_id not in by_id:
         return frozenset()
     removed_ids: set[str] = set()
-    left = {by_id[slot_id].replaces} & by_id.keys()
-    while left:
-        removed_ids |= left
-        named = {by_id[one].replaces for one in left}
+    replacements = {by_id[slot_id].replaces} & by_id.keys()
+    while replacements:
+        removed_ids |= replacements
+        named = {by_id[one].replaces for one in replacements}
         rivals = {
             slot.slot_id for slot in body.slots if slot.replaces in removed_ids and order[slot.slot_id] < order[slot_id]
         }
-        left = ((named & by_id.keys()) | rivals) - removed_ids - {slot_id}
+        replacements = ((named & by_id.keys()) | rivals) - removed_ids - {slot_id}
     return frozenset(removed_ids)

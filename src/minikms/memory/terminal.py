@@ -53,9 +53,9 @@ def opened_terminal() -> Iterator[int]:
 def show(terminal: int, *parts: str | memoryview) -> None:
     """Writes texts, and the content of views, one after the other."""
     for part in parts:
-        left = memoryview(part.encode()) if isinstance(part, str) else part
-        while left:
-            left = left[os.writev(terminal, [left]) :]
+        remaining = memoryview(part.encode()) if isinstance(part, str) else part
+        while remaining:
+            remaining = remaining[os.writev(terminal, [remaining]) :]
 
 
 def confirmed(terminal: int, question: str) -> bool:

@@ -195,9 +195,9 @@ def _write_key_text(path: Path, text: KeyText, mode: int) -> Path:
 def _write_all(fd: int, views: list[memoryview]) -> None:
     """Writes all bytes: write(2) may take only a part when the disk is nearly full."""
     for view in views:
-        left = view
-        while left:
-            left = left[os.write(fd, left) :]
+        remaining = view
+        while remaining:
+            remaining = remaining[os.write(fd, remaining) :]
 
 
 def _temporary(path: Path) -> Path:
