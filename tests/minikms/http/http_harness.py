@@ -235,15 +235,34 @@ class Running:
         return answers
 
 
+class StillLoop:
+    """The event loop for a server whose clock stands until the test moves it: no limit ends on a slow machine."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._now_s = self._loop.time()
+
+    def time(self) -> float:
+        return self._now_s
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loop, name)
+
+    async def move(self, seconds: float, limits: Limits) -> None:
+        """Moves the clock, and returns when the server has compared it with its deadlines."""
+        self._now_s += seconds
+        await asyncio.sleep(3 * limits.sweep_seconds)
+
+
 @contextlib.asynccontextmanager
-async def serving(limits: Limits = LIMITS) -> AsyncIterator[Running]:
+async def serving(limits: Limits = LIMITS, clock: StillLoop | None = None) -> AsyncIterator[Running]:
     """Serve an `EchoApp` on a Unix socket. At the end nothing may be left over: no connection, no byte, no error."""
     loop = asyncio.get_running_loop()
     app = EchoApp()
     internal_errors: list[str] = []
     stray: list[dict[str, Any]] = []
     loop.set_exception_handler(lambda _, context: stray.append(context))
-    http = HttpServer(app, loop=loop, on_internal_error=internal_errors.append, limits=limits)
+    http = HttpServer(app, loop=cast(Any, clock or loop), on_internal_error=internal_errors.append, limits=limits)
     with tempfile.TemporaryDirectory() as directory:
         path = f"{directory}/socket"
         listener = await loop.create_unix_server(http.protocol_factory, path, backlog=512)
@@ -251,6 +270,7 @@ async def serving(limits: Limits = LIMITS) -> AsyncIterator[Running]:
             yield Running(path, app, http, listener, internal_errors)
         finally:
             listener.close()
+            http.loop = loop
             for _ in range(3):  # what the test's peers have closed is noticed without waiting for a poll of `drain`
                 await asyncio.sleep(0)
             await http.drain(0.1)

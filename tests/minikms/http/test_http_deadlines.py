@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from minikms.http.limits import LIMITS, WRITE_PROGRESS_BYTES_MIN, Limits
-from tests.minikms.http.http_harness import get, post, request, serving
+from tests.minikms.http.http_harness import StillLoop, get, post, request, serving
 
 pytestmark = pytest.mark.uvloop
 
@@ -27,6 +27,7 @@ PATIENT = dataclasses.replace(
     QUICK, head_seconds_max=30.0, body_seconds_max=30.0, idle_seconds_max=30.0, write_stall_seconds_max=30.0
 )
 """Only the limit that a test names is short."""
+QUICK_BODY = dataclasses.replace(PATIENT, body_seconds_max=1.5)
 
 
 @pytest.mark.parametrize(
@@ -63,13 +64,15 @@ async def test_a_request_that_trickles_in_gets_408(limits: Limits, start: bytes)
 
 async def test_each_request_of_a_connection_has_its_own_time() -> None:
     """Six requests that take 0.8 s each are fine under a limit of 4 s."""
-    async with serving(dataclasses.replace(PATIENT, head_seconds_max=4.0, body_seconds_max=4.0)) as running:
+    limits = dataclasses.replace(PATIENT, head_seconds_max=4.0, body_seconds_max=4.0)
+    clock = StillLoop()
+    async with serving(limits, clock) as running:
         peer = await running.peer()
         data = post("/echo", b"abc")
         for _ in range(6):
             for part in (data[:10], data[10:-2]):
                 peer.send(part)
-                await asyncio.sleep(0.4)
+                await clock.move(0.4, limits)
             peer.send(data[-2:])
             assert (await peer.answer()).status == 200
         await peer.close()
@@ -88,10 +91,13 @@ async def test_an_idle_connection_is_closed_without_a_word() -> None:
 
 
 async def test_a_pending_answer_is_not_idleness() -> None:
-    async with serving(QUICK) as running:
+    clock = StillLoop()
+    async with serving(QUICK, clock) as running:
         peer = await running.peer()
         peer.send(get("/hold"))
-        await asyncio.sleep(0.6)
+        while not running.app.seen:
+            await asyncio.sleep(0.01)
+        await clock.move(0.6, QUICK)
         running.app.release.set()
         assert (await peer.answer()).status == 200
         await peer.close()
@@ -99,12 +105,13 @@ async def test_a_pending_answer_is_not_idleness() -> None:
 
 async def test_the_time_for_a_body_ends_with_the_body() -> None:
     """A request that came in two parts and was answered later leaves an idle connection, not a late one."""
-    async with serving(dataclasses.replace(PATIENT, body_seconds_max=1.5)) as running:
+    clock = StillLoop()
+    async with serving(QUICK_BODY, clock) as running:
         peer = await running.peer()
         data = post("/later", b"abc")
         await peer.send_parts(data[:-1], data[-1:])
         assert (await peer.answer()).status == 200
-        await asyncio.sleep(2.0)
+        await clock.move(2.0, QUICK_BODY)
         peer.send(get("/echo"))
         assert (await peer.answer()).status == 200
         await peer.close()
@@ -191,7 +198,9 @@ async def test_a_client_that_does_not_read_is_not_read_and_then_cut_off() -> Non
 
 async def test_a_slow_reader_is_not_a_deaf_one() -> None:
     """Who takes at least WRITE_PROGRESS_BYTES_MIN in the time of a stall gets all of its answer."""
-    async with serving(dataclasses.replace(PATIENT, write_stall_seconds_max=3.0)) as running:
+    limits = dataclasses.replace(PATIENT, write_stall_seconds_max=3.0)
+    clock = StillLoop()
+    async with serving(limits, clock) as running:
         loop = asyncio.get_running_loop()
         slow = socket.socket(socket.AF_UNIX)
         slow.setblocking(False)
@@ -202,7 +211,7 @@ async def test_a_slow_reader_is_not_a_deaf_one() -> None:
             chunk = await loop.sock_recv(slow, 2 * WRITE_PROGRESS_BYTES_MIN)
             assert chunk, "cut off although it was reading"
             taken += len(chunk)
-            await asyncio.sleep(0.6)
+            await clock.move(0.6, limits)
         slow.close()
 
 
