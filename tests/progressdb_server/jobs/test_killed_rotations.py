@@ -119,7 +119,7 @@ def kill_at_every_write(directory: Path, records: int, chunk: int) -> int:
 
 def test_a_server_killed_at_every_write_of_a_rotation_loses_nothing(tmp_path: Path) -> None:
     """It repeats nothing either."""
-    assert kill_at_every_write(tmp_path, 120, 8) >= 2 * (120 // 8 + 4)
+    assert kill_at_every_write(tmp_path, 64, 8) >= 2 * (64 // 8 + 4)
 
 
 @pytest.mark.torture
