@@ -25,6 +25,7 @@ from minikms.audit import AuditLog, Event
 from minikms.client.calls import Call
 from minikms.client.verbs import AsyncRunner, ClientOperation, Many, One, Verbs
 from minikms.client.wire import Answer
+from minikms.conditions import state
 from minikms.custody import replica_file
 from minikms.custody.vault import Indexing, Vault
 from minikms.datadir import SERVICE_SLOTS, Options, lock_data_dir, open_for_service
@@ -196,7 +197,7 @@ def _root(data_dir: str | os.PathLike[str], master_key_file: str | os.PathLike[s
 
 def _status(unlocked: UnlockedKeyring, log: AuditLog, indexing: Indexing) -> dict[str, object]:
     """The members of the daemon's status that a message server reads."""
-    body = unlocked.body
+    body, embedded = unlocked.body, state("keys_in_server")
     return {
         **log.service_status(),
         "pid": os.getpid(),
@@ -205,7 +206,8 @@ def _status(unlocked: UnlockedKeyring, log: AuditLog, indexing: Indexing) -> dic
         "keyring_id": body.keyring_id,
         "keys": indexing.status(),
         "audit": log.status(),
-        "warnings": ["embedded: the keys are in the memory of the program that uses them; for development only"],
+        "warnings": [embedded.text],
+        "conditions": [embedded],
     }
 
 

@@ -59,8 +59,8 @@ _PLAIN = (
     (re.compile(r"(hardening  +).*"), r"\1<measures>"),
     (re.compile(r"[\d,]+, \d+ connections"), "<n>, <n> connections"),  # a slow start is asked more than once
     (re.compile(r"\d+ (piece\(s\) of advice|lines)"), r"<n> \1"),
-    (re.compile(r"(?m)^ +not in force: .*\n"), ""),
-    (re.compile(r"(?m)^advice: (memory|hardening): .*\n  do: .*\n"), ""),
+    (re.compile(r"(?m)^ +\w+: (hardening_missing|disk_low): .*\n"), ""),
+    (re.compile(r"(?m)^advice: (memory|hardening_missing|disk|disk_low): .*\n  do: .*\n"), ""),
     (re.compile(r"\d+ files, [\d,]+ bytes"), "<n> files, <n> bytes"),
     (re.compile(r"\b127\.0\.0\.1:\d{4,5}\b"), "<address>"),
     (re.compile(r"urlopen error .Errno \d+. [^>]*"), "urlopen error"),

@@ -9,8 +9,6 @@ docs/spec/api.md says what the members mean.
 
 from __future__ import annotations
 
-from typing import Final
-
 import msgspec
 
 
@@ -178,10 +176,6 @@ class PolicyStatus(msgspec.Struct, frozen=True):
     budgets_exhausted: int = 0
 
 
-DISK_FREE_BYTES_MIN: Final = 64 * 1024 * 1024
-"""Below this the status warns: keys can't be made, and soon no audit line fits."""
-
-
 class MemberStatus(msgspec.Struct, frozen=True):
     """A host of a replicated key service, as it reported `seen_seconds` ago."""
 
@@ -211,10 +205,28 @@ class ReplicaStatus(msgspec.Struct, frozen=True):
     members: list[MemberStatus] = []
 
 
+class Condition(msgspec.Struct, frozen=True):
+    """Something that is not well. `severity`: `failing`, if requests are refused because of it; `degraded`, if somebody
+    has to act; `notice`. `action`: what to do. `runbook`: the entry of the runbook; empty if it has none.
+    """
+
+    name: str
+    severity: str
+    sentence: str
+    action: str = ""
+    runbook: str = ""
+
+    @property
+    def text(self) -> str:
+        """The sentence, and what to do."""
+        return f"{self.sentence}; {self.action}" if self.action else self.sentence
+
+
 class StatusAnswer(msgspec.Struct, frozen=True):
     """`status` is `ok`, or why the service can't work in one word, with `reason` as a sentence. `epoch` is 0 where the
     service does not report one. `policy` is None without a policy file, `replica` where the service has one host.
-    `disk_free_bytes`: for the data directory; None where the service does not report it.
+    `disk_free_bytes`: for the data directory; None where the service does not report it. `conditions`: None where the
+    service names none, because it is older or shows only a part of its status.
     """
 
     status: str = ""
@@ -237,3 +249,4 @@ class StatusAnswer(msgspec.Struct, frozen=True):
     replica: ReplicaStatus | None = None
     disk_free_bytes: int | None = None
     warnings: list[str] = []
+    conditions: list[Condition] | None = None

@@ -38,6 +38,7 @@ from minikms.cli.console import (
 )
 from minikms.commands.output import NAMED_COUNT_MAX, Progress, name_list, print_json, progress_bar, terminal
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError, found_socket
+from minikms.conditions import DAY_SECONDS, DISK_FULL_BYTES, DISK_LOW_BYTES, KEK_OLD_DAYS, NOTICE, reported, state
 from minikms.custody import deks, journal, keyring_file, replica_file, rotation_backups, tombstone_file
 from minikms.custody.log_directory import log_directory
 from minikms.custody.replica_file import StoredMark
@@ -58,12 +59,15 @@ if TYPE_CHECKING:
 
 
 class Diagnosis(msgspec.Struct, frozen=True):
-    """A `problem` stops something from working or being safe; an `advice` does not. `do` is the next step."""
+    """A `problem` stops something from working or being safe; an `advice` does not. `do` is the next step. `condition`:
+    the name of one of `minikms.conditions`; empty for what only the files show.
+    """
 
     level: Literal["problem", "advice"]
     area: str
     what: str
     do: str
+    condition: str = ""
 
 
 def problem(area: str, what: str, do: str) -> Diagnosis:
@@ -74,13 +78,10 @@ def advice(area: str, what: str, do: str) -> Diagnosis:
     return Diagnosis("advice", area, what, do)
 
 
-FREE_BYTES_ADVISED: Final = 1024 * 1024 * 1024
 FREE_FILES_MIN: Final = 10_000
-KEY_AGE_DAYS_MAX: Final = 365
 CLOCK_SECONDS_MAX: Final = 60
 _UNSEAL: Final = "when nobody needs the seal any more: minikms unseal"
 _JOIN: Final = "to join anew, move the directory away: minikms replica join"
-_DAY_SECONDS: Final = 86_400
 _OTHERS_MASK: Final = 0o077
 
 
@@ -196,14 +197,10 @@ def _walk(directory: str) -> Iterator[tuple[str, _DirectoryEntry]]:
 def _space(directory: str) -> Iterator[Diagnosis]:
     room = os.statvfs(directory)
     free = room.f_bavail * room.f_frsize
-    if free < api.DISK_FREE_BYTES_MIN:
-        yield problem(
-            "disk",
-            f"{free // 1024:,} KiB are free for {directory}: soon no audit line fits, and every request is refused",
-            "make room on that file system, see the runbook",
-        )
-    elif free < FREE_BYTES_ADVISED:
-        yield advice("disk", f"{free // 2**20:,} MiB are free for {directory}", "make room before it is full")
+    if free < DISK_FULL_BYTES:
+        yield diagnosis(state("disk_full", free=f"{free // 1024:,}"), "disk")
+    elif free < DISK_LOW_BYTES:
+        yield diagnosis(state("disk_low", free=f"{free // 1024**2:,}"), "disk")
     if room.f_files and room.f_favail < FREE_FILES_MIN:
         yield problem("disk", f"the file system has only {room.f_favail:,} free inodes", "remove files on it")
 
@@ -224,8 +221,8 @@ def _seal(directory: str) -> Iterator[Diagnosis]:
 def _keyring(directory: str, body: Body, now: float) -> Iterator[Diagnosis]:
     active = body.kek_in_state("active")
     age = 0 if active is None else _age_days(active.created_at, now)
-    if age > KEY_AGE_DAYS_MAX:
-        yield advice("key ages", f"the KEK is {age} days old", "minikms rotate-kek")
+    if age > KEK_OLD_DAYS:
+        yield diagnosis(state("kek_old", days=age), "key ages")
     if any(slot.replaces for slot in body.slots):
         yield advice(
             "root key",
@@ -406,7 +403,7 @@ def _keys(
             "the message server knows which ones: progressdb doctor --repair",
         )
     days = _age_days(oldest, now)
-    if days > KEY_AGE_DAYS_MAX:
+    if days > KEK_OLD_DAYS:
         yield advice("key ages", f"the oldest active key is {days} days old", "progressdb rotate-dek THREAD")
 
 
@@ -470,7 +467,7 @@ def _seconds(text: str) -> float:
 
 
 def _age_days(text: str, now: float) -> int:
-    return int((now - _seconds(text)) // _DAY_SECONDS)
+    return int((now - _seconds(text)) // DAY_SECONDS)
 
 
 def doctor(
@@ -514,7 +511,8 @@ def _print(found: list[Diagnosis], problems: int) -> None:
     for finding in sorted(found, key=lambda finding: finding.level != "problem"):
         style = "bold red" if finding.level == "problem" else "yellow"
         console.print(f"{finding.level}: {finding.area}: {clean(finding.what)}", style=style, soft_wrap=True)
-        console.print(f"  do: {clean(finding.do)}", soft_wrap=True)
+        if finding.do:
+            console.print(f"  do: {clean(finding.do)}", soft_wrap=True)
     kinds = f"{problems} problem(s), {len(found) - problems} piece(s) of advice"
     console.print(kinds if found else "nothing found", style="bold" if problems else "green")
 
@@ -562,30 +560,13 @@ def _daemon(path: str, server_uid: int | None, *, alone: bool) -> Iterator[Diagn
 
 
 def status_findings(status: api.StatusAnswer) -> Iterator[Diagnosis]:
-    for measure in status.hardening:
-        if not measure.in_force:
-            yield advice("hardening", f"not in force: {measure.measure}", measure.why)
-    if status.status == "sealed":
-        yield advice("seal", f"the daemon is sealed, and refuses every request for a key: {status.reason}", _UNSEAL)
-    elif not status.audit.writable:
-        yield problem(
-            "audit log",
-            f"it can't be written, so every request is refused: {status.audit.unavailable_reason}",
-            "free space on its file system, see the runbook",
-        )
-    rotation = status.rotation
-    if rotation is not None and rotation.last_error:
-        yield problem(
-            "rotation", f"it fails: {rotation.last_error}", "remove the cause; the daemon tries again by itself"
-        )
+    for condition in reported(status):
+        yield diagnosis(condition)
     for key_id, why in status.keys.unreadable_files.items():
         yield problem("keys", f"{key_id}: {why}", "restore this file from a backup")
-    replica = status.replica
-    why = "" if replica is None or replica.mode == "serving" else replica.why
-    if replica is not None and why:
-        yield problem("hosts", f"this host is {replica.mode}: {why}", "minikms replica list; the runbook has the steps")
-    for text in status.warnings:
-        if why and why in text:
-            continue
-        what, _, do = text.partition("; " if "; " in text else ": ")
-        yield advice("daemon", what, do or "minikms status")
+
+
+def diagnosis(condition: api.Condition, area: str = "") -> Diagnosis:
+    """The finding about a condition. `area`: of the files in which it was seen; empty for one that a daemon reports."""
+    level: Literal["problem", "advice"] = "advice" if condition.severity == NOTICE else "problem"
+    return Diagnosis(level, area or condition.name, condition.sentence, condition.action, condition.name)

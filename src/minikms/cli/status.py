@@ -15,12 +15,12 @@ from cyclopts import Parameter
 
 from minikms.api.printable import clean
 from minikms.cli.console import Json, ServerUid, Socket, complain, daemon_client
-from minikms.commands.output import byte_count, duration, print_json, terminal
+from minikms.commands.output import byte_count, condition_lines, duration, print_json, terminal
 from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, INTERVAL_SECONDS, Interval, Watch, found_serving
+from minikms.conditions import FAILING, reported
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.text import Text
 
     from minikms import api
 
@@ -51,7 +51,8 @@ def status(
                 for text in kms.warnings:
                     complain(text)
             if not watch:
-                return EXIT_GOOD if answer.status == "ok" else EXIT_FAILED
+                failing = any(condition.severity == FAILING for condition in reported(answer))
+                return EXIT_FAILED if failing or answer.status != "ok" else EXIT_GOOD
             sys.stdout.flush()
             time.sleep(interval)
 
@@ -95,7 +96,8 @@ def page(answer: api.StatusAnswer) -> Group:
         )
     ]
     if not answer.pid:  # a gateway tells no more
-        return Group(*lines, Text(f"  {'keyring':<10} {clean(answer.keyring_id)}"))
+        lines.append(Text(f"  {'keyring':<10} {clean(answer.keyring_id)}"))
+        return Group(*lines, *(Text("  " + clean(line)) for line in condition_lines(reported(answer))))
     unlocked = [
         ("keyring", answer.keyring_id),
         ("root key", _root(answer)),
@@ -114,15 +116,8 @@ def page(answer: api.StatusAnswer) -> Group:
         ("requests", f"{answer.http.requests:,}, {answer.http.connections} connections"),
     ]
     lines += [Text(f"  {name:<10} {clean(value)}") for name, value in facts if value]
-    lines += [_warning(f"not in force: {m.measure}: {m.why}") for m in answer.hardening if not m.in_force]
-    lines += [_warning(f"warning: {text}") for text in answer.warnings]
+    lines += [Text("  " + clean(line), style="yellow") for line in condition_lines(reported(answer))]
     return Group(*lines)
-
-
-def _warning(text: str) -> Text:
-    from rich.text import Text
-
-    return Text("  " + clean(text), style="yellow")
 
 
 def _root(answer: api.StatusAnswer) -> str:

@@ -18,6 +18,8 @@ from minikms.commands.usage import EXIT_FAILED, CommandError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from minikms.api import Condition
+
 NAMED_COUNT_MAX: Final = 20
 """The things that one sentence names."""
 PROGRESS_SECONDS: Final = 0.1
@@ -112,6 +114,12 @@ def name_list(names: Sequence[str]) -> str:
 
     more = f" and {len(names) - NAMED_COUNT_MAX} more" if len(names) > NAMED_COUNT_MAX else ""
     return ", ".join(clean(name) for name in names[:NAMED_COUNT_MAX]) + more
+
+
+def condition_lines(conditions: Iterable[Condition]) -> Iterator[str]:
+    """A line for each condition, with its name and what to do."""
+    for one in conditions:
+        yield f"{one.severity}: {one.name}: {one.text}"
 
 
 def counted(number: int, what: str, several: str = "") -> str:

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from minikms import api
+from minikms.api import Condition
 from minikms.api.base64 import decode_canonical
 from minikms.api.errors import (
     ConflictError,
@@ -38,6 +39,7 @@ from minikms.api.errors import (
 )
 from minikms.audit import Event
 from minikms.audit.record import ACTOR_SELF
+from minikms.conditions import state
 from minikms.http import Application, Response
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import boot_ns
@@ -621,29 +623,30 @@ class ReplicaMember:
         del facts["enabled"]
         return {**facts, "lag_changes": max(0, self._number - facts["number"])}
 
-    def warnings(self) -> list[str]:
-        """For `/status`."""
-        own = self.position().report
-        found = []
+    def conditions(self) -> Iterator[Condition]:
+        own, reports = self.position().report, self._reports(self.position().report)
         silent = self._heard_seconds
         if silent is None or silent >= api.REPLICATOR_SILENT_SECONDS:
-            since = "since the start" if silent is None else f"for {int(silent)} s"
-            found.append(
-                f"no replicator has asked {since}, so this host can't take over: see that minikms-replicator runs"
-            )
+            yield state("replicator_silent", since="since the start" if silent is None else f"for {int(silent)} s")
         if own.mode == "refused":
-            found.append(f"this host follows no more: {own.why}")
+            yield state("host_refuses", reason=own.why)
         elif own.mode == "following" and self._why:
-            found.append(f"this host does not follow: {self._why}")
+            yield state("host_not_following", reason=self._why)
+        elif own.mode == "following" and (lag := self._number - own.number) > 0:
+            yield state("host_behind", count=f"{lag:,}")
         if self._later_change:
-            found.append(f"this host does not take over: {self._later_change}")
-        for member in self._reports(own):
-            if member.mode == "refused" and member.member_id != own.member_id:
-                found.append(f"the host {member.name} follows no more: {member.why}")
+            yield state("host_not_taking_over", reason=self._later_change)
+        others = [member for member in reports if member.member_id != own.member_id]
+        for member in others:
+            if member.mode == "refused":
+                yield state("host_lost", host=member.name, reason=f"follows no more: {member.why}")
+            elif member.version and member.seen_seconds > api.MEMBER_SILENT_SECONDS:
+                yield state("host_lost", host=member.name, reason=f"is silent for {int(member.seen_seconds):,} s")
             for what, its, here in (("policy", member.policy, own.policy), ("pin file", member.pin, own.pin)):
                 if member.version and its != here:
-                    found.append(f"{member.name} has another {what} than this host: make them the same")
-        return found
+                    yield state("host_differs", host=member.name, what=what)
+        if self.serves and not any(_follows(member) for member in others):
+            yield state("host_alone")
 
     def _log(self, what: str, **said: object) -> None:
         logger = Log()
@@ -664,6 +667,11 @@ def _check_numbers(*numbers: int) -> None:
 def _check_member(member_id: str) -> None:
     if not api.MEMBER_ID_PATTERN.fullmatch(member_id):
         raise InvalidRequestError("no member has this id")
+
+
+def _follows(member: api.MemberReport) -> bool:
+    seen = bool(member.version) and member.seen_seconds <= api.MEMBER_SILENT_SECONDS
+    return seen and member.mode == "following"
 
 
 def _is_unbounded(member: api.MemberReport) -> bool:

@@ -59,8 +59,8 @@ class NoMember:
     def status(self) -> None:
         return
 
-    def warnings(self) -> list[str]:
-        return []
+    def conditions(self) -> tuple[()]:
+        return ()
 
     def ask_seal(self) -> UnsetType:
         return UNSET

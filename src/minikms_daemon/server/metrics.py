@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from minikms.conditions import KEY_SERVICE, gauge
 from minikms.platform import process_metrics
 from minikms.platform.clock import unix_seconds
 
@@ -268,5 +269,7 @@ def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
     made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
     made.one("minikms_up", "gauge", "1 when it serves, 0 while verbs are refused.", status.get("status") == "ok")
     made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))
+    held = gauge(KEY_SERVICE, status["conditions"])
+    made.add("minikms_condition", "gauge", "1 while something is wrong, by condition and severity.", held)
     for sample in process_metrics.samples("minikms_build_info"):
         made.add(sample.name, sample.kind, sample.text, [(sample.labels, sample.value)])

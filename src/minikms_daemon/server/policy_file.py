@@ -12,14 +12,16 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Final
 
 from minikms import api
+from minikms.api import Condition
 from minikms.api.errors import ConflictError, InvalidPolicyError, StartError
 from minikms.audit import Event
+from minikms.conditions import state
 from minikms.custody.vault import Permit, permitted
 from minikms.platform.logs import Log
 from minikms.platform.trusted_file import ROOT_UID, directory_read, read_trusted
@@ -140,11 +142,6 @@ class PolicyInForce:
             "budgets_exhausted": meters.exhausted,
         }
 
-    def warnings(self) -> list[str]:
-        """For `/status`."""
-        if not self._last_error:
-            return []
-        return [
-            f"the policy file could not be reloaded, and the policy before it is in force: {self._last_error}. Correct "
-            "the file, then run `minikms policy reload`"
-        ]
+    def conditions(self) -> Iterator[Condition]:
+        if self._last_error:
+            yield state("policy_not_reloaded", reason=self._last_error)

@@ -1,19 +1,23 @@
 """The answer to `GET /status`.
 
-Owns: the status object and its warnings, unsealed and sealed, and what a limited caller gets of it. Invariants: it
-contains no secret; every warning says what to do; a principal behind a proxy reads nothing of files, root keys and
-other principals. It must never do work that grows with the number of keys: it runs in the loop's thread.
+Owns: the status object, unsealed and sealed, and what a limited caller gets of it. Invariants: it contains no secret;
+`warnings` are the conditions that a status of version 0.2.0 named; a principal behind a proxy reads nothing of files,
+root keys and other principals. It must never do work that grows with the number of keys: it runs in the loop's thread.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from msgspec.structs import replace
+
 from minikms import api
+from minikms.api import Condition
 from minikms.api.errors import StandbyError
+from minikms.conditions import DISK_FULL_BYTES, by_severity, hardening, of_status, state
 from minikms.http.accepting import bound_warning
 from minikms.keys import members
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
@@ -43,7 +47,7 @@ class ReplicaView(Protocol):
 
     def status(self) -> dict[str, object] | None: ...
 
-    def warnings(self) -> list[str]: ...
+    def conditions(self) -> Iterable[Condition]: ...
 
 
 class StatusPage:
@@ -94,7 +98,8 @@ class StatusPage:
         arena = self._vault.arena
         cache = self._vault.cache
         server = self.server
-        return {
+        conditions = list(self._conditions())
+        status = {
             **self._service_status(),
             "pid": os.getpid(),
             "uid": os.geteuid(),
@@ -132,8 +137,9 @@ class StatusPage:
             "policy": self._policy.status(),
             "replica": self._replica.status(),
             "disk_free_bytes": self._disk_free_bytes(),
-            "warnings": [*self._warnings(), *self._policy.warnings(), *self._replica.warnings()],
+            "warnings": [condition.text for condition in conditions],
         }
+        return {**status, "conditions": by_severity([*conditions, *of_status(status, time.time())])}
 
     def _service_status(self) -> dict[str, str]:
         """The members `status` and `reason`."""
@@ -145,7 +151,7 @@ class StatusPage:
     def watch_disk(self) -> None:
         """Logs when the disk has become nearly full and when it has room again; also the audit log's refusals. Asks a
         disk that is nearly full whether keys can be made. Call this every second."""
-        full = self._disk_free_bytes() < api.DISK_FREE_BYTES_MIN
+        full = self._disk_free_bytes() < DISK_FULL_BYTES
         if full:
             self._vault.journal.check_soon()
         if full != self._disk_was_full:
@@ -190,26 +196,24 @@ class StatusPage:
         left = len(index) - index.by_kek[progress["to_version"]]
         return {**progress, "total": progress["rewrapped"] + left if self._indexing.complete else None}
 
-    def _warnings(self) -> list[str]:
+    def _conditions(self) -> Iterator[Condition]:
+        """What no other member of the status shows as a whole."""
         body = self._vault.unlocked.body
-        found: list[str] = []
         if self._settings.root.warning:
-            found.append(self._settings.root.warning)
+            yield state("root_key_source", reason=self._settings.root.warning)
         own, allowed = os.geteuid(), self._policy.policy.allowed
         if own in allowed and not allowed - {own, 0}:  # nobody else can be the message server
-            found.append(
-                "the daemon's own uid may connect: this protects against leaks, not against a compromised server, "
-                "which can read the key file and the data directory; run the two under separate users, as the package "
-                "does"
-            )
+            yield state("own_uid_allowed")
         too_few = None if self.server is None else bound_warning(self.server.limits.connections_max)
         if too_few is not None:
-            found.append(too_few)
+            yield state("connections_few", reason=too_few)
         if any(slot.replaces for slot in body.slots):
-            found.append(
-                "more than one root key opens the keyring: start once with the newest root key to drop the older ones"
+            yield state(
+                "root_key_replaced",
+                reason="more than one root key opens the keyring: start once with the newest root key to drop the "
+                "older ones"
                 if not self._keks.replacing_error
-                else f"the root key that was replaced still opens the keyring: {self._keks.replacing_error}"
+                else f"the root key that was replaced still opens the keyring: {self._keks.replacing_error}",
             )
         pin = self._settings.opening.pin
         pinned = frozenset() if pin is None else pin.pinned()
@@ -218,68 +222,35 @@ class StatusPage:
             slot.slot_id for slot in body.slots if slot.fingerprint not in pinned and slot.slot_id not in others
         ]
         if pin is not None and unpinned:
-            found.append(
-                f"root keys that are not pinned can't open the keyring at the next start or unseal: slots "
-                f"{', '.join(unpinned)}; name each in the pin file, as root: minikms pin add SOURCE"
-            )
+            yield state("root_key_not_pinned", slots=", ".join(unpinned))
         if body.revoking:
-            found.append(
-                f"{len(body.revoking)} removed root keys could open DEKs until the KEK rotation has ended"
-                + (f"; {self._keks.revocation_error}" if self._keks.revocation_error else "")
-            )
+            error = self._keks.revocation_error
+            yield state("root_key_revoking", count=len(body.revoking), reason=f"; {error}" if error else "")
         if (audit_keys := len(self._vault.unlocked.audit.audit_keys)) >= AUDIT_KEYS_COUNT_WARN:
-            found.append(
-                f"the keyring holds {audit_keys} of at most {AUDIT_KEYS_COUNT_MAX} audit keys; each removed "
-                "root key takes one, and without one none can be removed or replaced"
-            )
+            yield state("audit_keys_many", count=audit_keys, most=AUDIT_KEYS_COUNT_MAX)
         if self._keks.rewrite_failed:
-            found.append("the root key file could not be rewritten with the new root key; write it there by hand")
+            yield state("root_key_not_written")
         if self._vault.unreadable.count:
-            found.append(
-                f"{self._vault.unreadable.count} key files can't be read: `minikms doctor` names them; restore them "
-                "from a backup"
-            )
+            yield state("keys_unreadable", count=self._vault.unreadable.count)
         if self._damaged_records:
-            found.append(
-                f"{self._damaged_records} records of the journal of key files were damaged at the start, and keys that "
-                "only they had are lost; run minikms doctor, and restore the keys that it names from a backup"
-            )
-        unreadable = sorted(self._vault.rotation_backups.unreadable)
-        if unreadable:
-            found.append(
-                f"{len(unreadable)} rotation backups can't be read or written, first {unreadable[0]}; destroying a key "
-                "that they may hold is refused: correct this, or remove them"
-            )
-        damaged = sorted(self._vault.rotation_backups.damaged)
-        if damaged:
-            found.append(
-                f"{len(damaged)} rotation backups are damaged, first {damaged[0]}; no KEK is destroyed until "
-                "you remove them by hand (the runbook says how)"
-            )
-        unfinished = len(self._vault.unfinished_destructions)
-        if unfinished:
-            found.append(
-                f"the bytes of {unfinished} destroyed keys could not be removed from the disk; the daemon tries again"
-            )
-        faults = self._upkeep.faults
-        found += [
-            f"the {job} of the audit log fails: {reason}. Correct this; the daemon tries again"
-            for job, reason in faults.items()
-        ]
-        free = self._disk_free_bytes()
-        if free < api.DISK_FREE_BYTES_MIN:
-            found.append(
-                f"only {free // 1024:,} KiB are free for the data directory, so new keys are refused or soon will be; "
-                "free space on its file system"
-            )
+            yield state("journal_damaged", count=self._damaged_records)
+        backups = self._vault.rotation_backups
+        if unreadable := sorted(backups.unreadable):
+            yield state("rotation_backups_unreadable", count=len(unreadable), first=unreadable[0])
+        if damaged := sorted(backups.damaged):
+            yield state("rotation_backups_damaged", count=len(damaged), first=damaged[0])
+        if unfinished := len(self._vault.unfinished_destructions):
+            yield state("destruction_unfinished", count=unfinished)
+        for job, reason in self._upkeep.faults.items():
+            yield state("audit_upkeep_failing", job=job, reason=reason)
+        if (free := self._disk_free_bytes()) < DISK_FULL_BYTES:
+            yield state("disk_full", free=f"{free // 1024:,}")
         if refusal := self._vault.journal.refusal:
-            found.append(f"no key can be made or changed: {refusal}; the daemon tries again")
+            yield state("storage_unavailable", reason=refusal)
         if not self._log.writable:
-            found.append(
-                "the audit log can't be written, so every verb but status and metrics answers 503; free space on its "
-                "file system"
-            )
-        return found
+            yield state("audit_unavailable", reason=self._log.service_status()["reason"])
+        yield from self._policy.conditions()
+        yield from self._replica.conditions()
 
 
 _REDUCED: Final = ("status", "uptime_seconds", "epoch", "keyring_id")
@@ -300,8 +271,8 @@ def reduced(status: dict[str, Any]) -> dict[str, object]:
 def without_key_files(status: dict[str, Any]) -> dict[str, object]:
     """The status for a principal that may not know of every key: no key id, also not in a warning."""
     status = without_policy_error(status)
-    warnings = [api.KEY_ID_PATTERN.sub(_KEY_HIDDEN, text) for text in status["warnings"]]
-    return {**status, "keys": {**status["keys"], "unreadable_files": {}}, "warnings": warnings}
+    keys = {**status["keys"], "unreadable_files": {}}
+    return {**status, "keys": keys, **_rewritten(status, lambda text: api.KEY_ID_PATTERN.sub(_KEY_HIDDEN, text))}
 
 
 def without_policy_error(status: dict[str, Any]) -> dict[str, Any]:
@@ -309,8 +280,16 @@ def without_policy_error(status: dict[str, Any]) -> dict[str, Any]:
     policy = status["policy"]
     if policy is None or not policy["last_error"]:
         return status
-    warnings = [text.replace(policy["last_error"], _ERROR_HIDDEN) for text in status["warnings"]]
-    return {**status, "policy": {**policy, "last_error": _ERROR_HIDDEN}, "warnings": warnings}
+    rewritten = _rewritten(status, lambda text: text.replace(policy["last_error"], _ERROR_HIDDEN))
+    return {**status, "policy": {**policy, "last_error": _ERROR_HIDDEN}, **rewritten}
+
+
+def _rewritten(status: dict[str, Any], hide: Callable[[str], str]) -> dict[str, object]:
+    """The sentences of the status, without what `hide` replaces."""
+    return {
+        "warnings": [hide(text) for text in status["warnings"]],
+        "conditions": [replace(condition, sentence=hide(condition.sentence)) for condition in status["conditions"]],
+    }
 
 
 def sealed_status(
@@ -327,23 +306,25 @@ def sealed_status(
     replica: ReplicaView,
 ) -> dict[str, object]:
     """The members that a daemon without keys knows. `warning` is empty if there is none."""
+    named = (("root_key_source", settings.root.warning), ("seal_not_written", warning))
+    conditions = [state(name, reason=text) for name, text in named if text]
+    conditions += [*policy.conditions(), *replica.conditions()]
+    measured = [measure.status() for measure in measures]
+    sealed = state(api.CODE_SEALED, reason=reason)
     return {
-        "status": "sealed",
+        "status": api.CODE_SEALED,
         "pid": os.getpid(),
         "uid": os.geteuid(),
         "uptime_seconds": _seconds_since(started_ns),
         "reason": reason,
         "root": {"provider": settings.root.name, "lease": lease},
         "memory": {"arena": arena.backing, "locked_bytes": arena.locked_bytes},
-        "hardening": [measure.status() for measure in measures],
+        "hardening": measured,
         "http": _http(server),
         "policy": policy.status(),
         "replica": replica.status(),
-        "warnings": [
-            *(text for text in (settings.root.warning, warning) if text),
-            *policy.warnings(),
-            *replica.warnings(),
-        ],
+        "warnings": [condition.text for condition in conditions],
+        "conditions": by_severity([sealed, *conditions, *hardening(measured)]),
     }
 
 

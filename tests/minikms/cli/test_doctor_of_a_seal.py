@@ -21,9 +21,9 @@ def test_doctor_names_the_seal_and_keeps_its_other_findings(tmp_path: Path) -> N
         assert "seal" not in [*before, *findings(*socket)]
         with daemon.client() as client:
             client.seal()
-        assert findings(*directory).count("seal") == findings(*socket).count("seal") == 1
+        assert findings(*directory).count("seal") == findings(*socket).count("sealed") == 1
         both = findings(*directory, *socket)
-        assert both.count("seal") == 2
+        assert both.count("seal") == both.count("sealed") == 1
         assert set(before) <= set(both)
         assert "audit log" not in both
         (daemon.data_dir / "sealed.json").write_bytes(b"damaged")

@@ -151,6 +151,10 @@ class World:
         return await self.member.follow(request)
 
 
+def texts(world: World) -> list[str]:
+    return [condition.text for condition in world.member.conditions()]
+
+
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> World:
     return World(monkeypatch)
@@ -343,7 +347,7 @@ async def test_a_host_takes_over_nothing_that_another_one_has_more_of(
     assert (await world.grant()).release is bool(later)
     assert world.member.serves is not bool(later)
     if later:
-        assert any("does not take over" in text for text in world.member.warnings())
+        assert any("does not take over" in text for text in texts(world))
         assert (await world.follow(number=12, members=reports)).report.why == "", "it has to follow first"
         world.directory.fills = True
         assert (await world.follow(members=reports)).ready, "an operator has decided that it fills the database"
@@ -412,9 +416,9 @@ async def test_another_policy_or_pin_file_is_a_warning(world: World) -> None:
     await world.member.next(api.ReplicaNextRequest(3, 7, 1, world.now_ns, members=[other, gone]))
     listed = {report.name: report.why for report in world.member.answer().members}
     assert listed == {"a": "", "b": "", "c": "it has not reported yet"}
-    assert world.member.warnings() == ["b has another policy than this host: make them the same"]
+    assert texts(world) == ["b has another policy than this host; make them the same"]
     refused = msgspec.structs.replace(other, mode="refused", policy="ab", why="replica_forked: two histories")
     await world.member.next(api.ReplicaNextRequest(3, 7, 1, world.now_ns, members=[refused]))
-    assert world.member.warnings() == ["the host b follows no more: replica_forked: two histories"]
+    assert texts(world) == ["the host b follows no more: replica_forked: two histories"]
     world.now_ns += LEASE_NS
-    assert "no replicator has asked for 10 s" in world.member.warnings()[0]
+    assert "no replicator has asked for 10 s" in texts(world)[0]
