@@ -176,17 +176,8 @@ def list_registered(*, url: ConfiguredUrl = None, flags: StoreFlags = StoreFlags
 
     async def offline() -> list[dict[str, Any]]:
         async with _register(chosen) as register:
-            return [
-                {
-                    "name": known.name,
-                    "path": known.path,
-                    "created_ns": known.created_ns,
-                    "gone": known.gone,
-                    "of_database": known.of_database,
-                }
-                async for page in register.registered()
-                for known in page
-            ]
+            names = ("name", "path", "created_ns", "gone", "of_database")
+            return [{name: getattr(known, name) for name in names} async for known in register.registered()]
 
     try:
         found = asyncio.run(offline())

@@ -14,7 +14,7 @@ from progressdb_server.conversations.membership import Act, Rule
 from progressdb_server.conversations.threads import CHANGE_TRIES_MAX, NamedLocks, Threads
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine
+from progressdb_server.store.engine import Commits, Engine, pages
 from progressdb_server.store.model import (
     ConditionFailedError,
     MemberIsAuthorError,
@@ -54,10 +54,8 @@ class Members:
     async def of_thread(self, thread_id: str) -> list[str]:
         """The members of a thread, its author included; empty for an unknown thread."""
         prefix = keyspace.writers(thread_id)
-        lower, upper = prefix, keyspace.after(prefix)
         members: list[str] = []
-        while entries := await self._reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            lower = keyspace.next_key(entries[-1][0])
+        async for entries in pages(self._reads, prefix, keyspace.after(prefix)):
             members += [keyspace.last_part(key) for key, entry in entries if entry == keyspace.MEMBER]
         return members
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -66,29 +67,17 @@ class _Change(NamedTuple):
     beyond_bounds: bool = False
 
 
+@dataclass(eq=False)
 class Messages:
-    def __init__(
-        self,
-        reads: Reads,
-        writer: Commits,
-        clock: Clock,
-        sealer: Sealer,
-        *,
-        threads: Threads,
-        members: Members,
-        reading: Reading,
-        locks: NamedLocks,
-        retries: Retries,
-    ) -> None:
-        self._reads = reads
-        self._writer = writer
-        self._clock = clock
-        self._sealer = sealer
-        self._threads = threads
-        self._members = members
-        self._reading = reading
-        self._locks = locks
-        self._retries = retries
+    reads: Reads
+    writer: Commits
+    clock: Clock
+    sealer: Sealer
+    threads: Threads
+    members: Members
+    reading: Reading
+    locks: NamedLocks
+    retries: Retries
 
     # --- creating -------------------------------------------------------------------------------------------------
     def create(
@@ -104,20 +93,20 @@ class Messages:
     async def _create_once(self, new: NewMessage, idempotency: Idempotency, request_id: str | None) -> Message:
         fields = {name: getattr(new, name) for name in new.__struct_fields__ if name != "as_member"}
         ticket = Ticket(idempotency, ["message", fields])
-        async with self._locks.hold(ticket.key):
-            message_id, message = await self._retries.once(ticket, lambda: self._create(new, ticket, request_id))
+        async with self.locks.hold(ticket.key):
+            message_id, message = await self.retries.once(ticket, lambda: self._create(new, ticket, request_id))
             if message is not None:
                 return message
-            thread, place = await self._reading.locate(message_id, None)
+            thread, place = await self.reading.locate(message_id, None)
             if new.as_member:
-                await self._members.check_member(thread, new.author, Act.READ)
-            async with self._reading.open_version(thread, place.first, place.first) as version:
+                await self.members.check_member(thread, new.author, Act.READ)
+            async with self.reading.open_version(thread, place.first, place.first) as version:
                 return version.message
 
     def _create(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Coroutine[Any, Any, Message]:
         if not new.thread:
             return self._create_in_new_thread(new, ticket, request_id)
-        state = self._sealer.known(new.thread)
+        state = self.sealer.known(new.thread)
         if state is None:
             return self._create_or_append(new, ticket, request_id)
         if new.author in state.writers:  # the condition of the write finds out if it is no longer true
@@ -125,11 +114,11 @@ class Messages:
         return self._append(state, new, ticket, request_id)
 
     async def _create_or_append(self, new: NewMessage, ticket: Ticket | None, request_id: str | None) -> Message:
-        state = await self._sealer.thread(new.thread)
+        state = await self.sealer.thread(new.thread)
         if state is None:
             # One at a time for each thread, so that a burst of first messages makes one key.
-            async with self._locks.hold(keyspace.meta(new.thread)):
-                state = await self._sealer.thread(new.thread)
+            async with self.locks.hold(keyspace.meta(new.thread)):
+                state = await self.sealer.thread(new.thread)
                 if state is None:
                     try:
                         return await self._create_in_new_thread(new, ticket, request_id)
@@ -145,31 +134,31 @@ class Messages:
 
         def drafted(thread: Thread, created: Stamp, key_id: str) -> Draft:
             nonlocal message
-            stamp = self._clock.next()
+            stamp = self.clock.next()
             message = new.first_version(keyspace.message_id(stamp), thread.id, stamp.time_ns)
             extra = (ticket.put(message.id, stamp.time_ns),) if ticket else ()
             expect = (ticket.condition,) if ticket else ()
             new_thread = drafts.new_thread(thread, created, key_id, extra, expect)
             return drafts.joined(new_thread, drafts.first_version(message, stamp, key_id))
 
-        await self._threads.make_thread(drafted, request_id, author=new.author, title=None, name=new.thread)
+        await self.threads.make_thread(drafted, request_id, author=new.author, title=None, name=new.thread)
         return message
 
     async def _append(
         self, state: ThreadState, new: NewMessage, ticket: Ticket | None, request_id: str | None
     ) -> Message:
         key = keyspace.writer(state.thread, new.author)
-        entry = await self._reads.get(key)
+        entry = await self.reads.get(key)
         if entry is None:
-            async with self._locks.hold(keyspace.writers(state.thread)):
+            async with self.locks.hold(keyspace.writers(state.thread)):
                 for _ in range(CHANGE_TRIES_MAX):
-                    if (entry := await self._reads.get(key)) is not None:
+                    if (entry := await self.reads.get(key)) is not None:
                         break
                     if new.as_member:
-                        await self._members.check_member(state.thread, new.author, Act.WRITE)
+                        await self.members.check_member(state.thread, new.author, Act.WRITE)
                     room: Room = ((), ())
                     if not state.deleted:  # else the write is refused for that reason
-                        room = await self._members.check_room(state.thread, 1)
+                        room = await self.members.check_room(state.thread, 1)
                     try:
                         return await self._append_as(None, state, new, ticket, request_id=request_id, room=room)
                     except ConditionFailedError as error:  # somebody else has changed the members meanwhile
@@ -178,7 +167,7 @@ class Messages:
                 else:
                     raise NotWrittenError(MEMBERS_CHANGING)
         if new.as_member:
-            await self._members.check_member(state.thread, new.author, Act.WRITE)
+            await self.members.check_member(state.thread, new.author, Act.WRITE)
         return await self._append_as(entry, state, new, ticket, request_id=request_id)
 
     async def _append_as(
@@ -208,7 +197,7 @@ class Messages:
             return drafts.first_version(message, stamp, key_id, extra, (*expect, *room[1]))
 
         try:
-            await self._sealer.append(state, draft, request_id)
+            await self.sealer.append(state, draft, request_id)
         except ConditionFailedError as error:
             if error.key != key or entry is None:
                 raise
@@ -286,7 +275,7 @@ class Messages:
         """Append a version, and return the latest one. Raises MessageNotFoundError, NotTheAuthorError, NotAMemberError,
         what the change raises, and TooManyVersionsError; NotWrittenError if other servers have changed the message
         before each of CHANGE_TRIES_MAX tries."""
-        async with self._locks.hold(message.encode()):
+        async with self.locks.hold(message.encode()):
             for _ in range(CHANGE_TRIES_MAX):
                 with contextlib.suppress(ConditionFailedError):
                     return await self._try_change(message, change)
@@ -294,21 +283,21 @@ class Messages:
 
     async def _try_change(self, message: str, change: _Change) -> Message:
         """Changes the message like `_change`. Raises ConditionFailedError if it was changed since it was read."""
-        owner, place = await self._reading.locate(message, change.thread)
+        owner, place = await self.reading.locate(message, change.thread)
         state = await self._thread_with_key(owner)
         first = Stamp.parse(place.first.decode())
-        async with self._reading.open_version(owner, place.first, place.latest) as current:
+        async with self.reading.open_version(owner, place.first, place.latest) as current:
             if change.author not in (None, current.message.author):
                 raise NotTheAuthorError
             order_key = keyspace.order(owner) + place.first
             expect: tuple[tuple[bytes, bytes | None], ...] = ((order_key, place.value),)
             if change.member is not None:
                 # Only a member may, under either rule: an outsider has no message here, and can't read one to react to.
-                await self._members.check_member(owner, change.member, Act.READ)
+                await self.members.check_member(owner, change.member, Act.READ)
                 expect = (*expect, (keyspace.writer(owner, change.member), keyspace.MEMBER))
             fields = change.replaced(current.message)
             if fields is None:  # what is answered must be durable, and on the node that answers
-                await self._under(self._writer.commit(Write((), expect)), order_key)
+                await self._under(self.writer.commit(Write((), expect)), order_key)
                 return current.message
             changed = msgspec.structs.replace(current.message, **fields)
             content = "" if "body" in fields else current.content
@@ -323,12 +312,12 @@ class Messages:
                     changed, first, stamp, key_id, content=content, secret=secret, expect=expect
                 )
 
-            await self._under(self._sealer.append(state, draft, change.request_id), order_key)
+            await self._under(self.sealer.append(state, draft, change.request_id), order_key)
             return changed
 
     async def _thread_with_key(self, thread: str) -> ThreadState:
         """The state of the thread. Raises RecordUnreadableError if it has lost its key map."""
-        state = await self._sealer.thread(thread)
+        state = await self.sealer.thread(thread)
         if state is None:
             raise RecordUnreadableError(f"thread {thread} has no key")
         return state

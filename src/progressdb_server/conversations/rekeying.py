@@ -21,7 +21,7 @@ from progressdb_server.conversations.validators import Validators
 from progressdb_server.store import keyspace, record
 from progressdb_server.store.claims import Claims
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Reads, in_order
+from progressdb_server.store.engine import Commits, Reads, in_order, pages
 from progressdb_server.store.model import (
     JOB_ID_PATTERN,
     Chunk,
@@ -74,9 +74,8 @@ class Rekeying:
 
     async def threads(self, behind: str = "") -> AsyncIterator[str]:
         """Every thread, or those behind this one in the order of their ids."""
-        lower, upper = keyspace.next_key(keyspace.key_map(behind)), keyspace.after(keyspace.MAP)
-        while entries := await self.reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            lower = keyspace.next_key(entries[-1][0])
+        lower = keyspace.next_key(keyspace.key_map(behind))
+        async for entries in pages(self.reads, lower, keyspace.after(keyspace.MAP)):
             for key, _ in entries:
                 yield keyspace.last_part(key)
             await asyncio.sleep(0)
@@ -98,7 +97,7 @@ class Rekeying:
             upper = keyspace.next_key(newest[0]) if newest else lower
         if behind:
             lower = keyspace.next_key(behind.encode())
-        while entries := await self.reads.scan(lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
+        async for entries in pages(self.reads, lower, upper, limit=count_max, bytes_max=CHUNK_BYTES_MAX):
             read_at = self._writer.group
             records: list[Record] = []
             malformed: list[str] = []
@@ -115,9 +114,7 @@ class Rekeying:
                         continue
                     before = raw[: len(raw) - len(sealed)]  # neighbours mostly have the same
                 records.append(Record(key, raw, head, key_id, raw[len(before) :]))
-            last = entries[-1][0]
-            lower = keyspace.next_key(last)
-            yield Chunk(records, malformed, last.decode(), read_at)
+            yield Chunk(records, malformed, entries[-1][0].decode(), read_at)
 
     def count_records(self, thread_id: str, count_max: int, *, since_ns: int | None = None) -> AsyncIterator[int]:
         lower, upper = keyspace.records(thread_id)
@@ -157,9 +154,7 @@ class Rekeying:
         yield await self._key_ids([keyspace.meta(thread_id)])
         prefix = keyspace.messages(thread_id)
         lower = keyspace.order(thread_id)
-        upper = keyspace.after(lower)
-        while entries := await self.reads.scan(lower, upper, limit=CENSUS_CHUNK_MAX):
-            lower = keyspace.next_key(entries[-1][0])
+        async for entries in pages(self.reads, lower, keyspace.after(lower), limit=CENSUS_CHUNK_MAX):
             stamps: dict[bytes, None] = {}
             for key, value in entries:
                 try:
@@ -246,9 +241,8 @@ class Rekeying:
     async def _kept(self, job_id: str) -> AsyncIterator[list[tuple[bytes, bytes]]]:
         """Storage keys of records, with their kept bytes; each chunk is read when it is asked for."""
         prefix = keyspace.replaced_records(job_id)
-        lower, upper = prefix, keyspace.after(prefix)
-        while entries := await self.reads.scan(lower, upper, limit=KEPT_CHUNK_MAX, bytes_max=CHUNK_BYTES_MAX):
-            lower = keyspace.next_key(entries[-1][0])
+        bounds = prefix, keyspace.after(prefix)
+        async for entries in pages(self.reads, *bounds, limit=KEPT_CHUNK_MAX, bytes_max=CHUNK_BYTES_MAX):
             yield [(key[len(prefix) :], raw) for key, raw in entries]
 
     # --- rows of jobs ---------------------------------------------------------------------------------------------
@@ -260,9 +254,8 @@ class Rekeying:
 
     async def job_rows(self, since_ns: int = 0) -> AsyncIterator[list[tuple[str, bytes]]]:
         """Ids and rows. `since_ns`: of jobs whose ids are not older."""
-        lower, upper = keyspace.jobs_since(since_ns), keyspace.after(keyspace.JOBS)
-        while entries := await self.reads.scan(lower, upper, limit=PAGE_ROWS):
-            lower = keyspace.next_key(entries[-1][0])
+        bounds = keyspace.jobs_since(since_ns), keyspace.after(keyspace.JOBS)
+        async for entries in pages(self.reads, *bounds, limit=PAGE_ROWS):
             yield [(_id_of(key), raw) for key, raw in entries]
 
     async def newest_job_rows(self, before: str = "") -> AsyncIterator[list[tuple[str, bytes]]]:

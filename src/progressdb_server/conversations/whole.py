@@ -111,9 +111,7 @@ class Conversations:
         self.threads = Threads(*parts, locks=locks, retries=retries)
         self.members = Members(engine, self.writer, self.threads, locks, rule)
         self.reading = Reading(self.reads, self.sealer, Validators(remembers=engine.sole))
-        self.messages = Messages(
-            *parts, threads=self.threads, members=self.members, reading=self.reading, locks=locks, retries=retries
-        )
+        self.messages = Messages(*parts, self.threads, self.members, self.reading, locks, retries)
         self.rekeying = Rekeying(self.reads, self.writer, self.sealer, self.claims, self.reading.validators)
         self.purging = Purging(self.reads, self.writer, self.sealer, self.threads, self.reading)
         self.backups = Backups(engine, self.writer, self.clock)

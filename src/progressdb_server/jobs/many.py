@@ -14,12 +14,12 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from minikms.platform.logs import Log
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.rotation import PROGRESS_S, Due, KeyRotation
-from progressdb_server.jobs.runner import Kind, Runner, Throttle
+from progressdb_server.jobs.runner import Throttle, WorkingKind
 from progressdb_server.jobs.states import (
     ALL_THREADS,
     AT_WORK,
@@ -40,23 +40,19 @@ LOOK_S: Final = 0.02
 _log = Log()
 
 
-class RotationsOfMany(Kind):
+@dataclass(eq=False)
+class RotationsOfMany(WorkingKind):
+    rotation: KeyRotation
     name: ClassVar[str] = "rotations"
     beside: ClassVar[bool] = True
-
-    def __init__(self, runner: Runner, store: Conversations, rotation: KeyRotation) -> None:
-        self._runner = runner
-        self._table = runner.table
-        self._store = store
-        self._rotation = rotation
 
     async def rotate(self, due: Due, *, rate: int | None = None, destroy_after_s: int = 0) -> Job:
         """Begin to rotate every thread whose key is due, with `Due()` every thread; returns the unfinished walk if it
         is the same one. Raises JobConflictError, TooManyJobsError, StoreUnavailableError."""
-        self._rotation.check_destroys(destroy_after_s)
+        self.rotation.check_destroys(destroy_after_s)
         settings = {"rate": rate, "destroy_after_s": destroy_after_s}
         settings |= {"older_than_s": due.age_s or 0, "kek_version": due.kek_version or 0}
-        job = await self._runner.add(self, ALL_THREADS, **settings)
+        job = await self.runner.add(self, ALL_THREADS, **settings)
         if any(getattr(job, name) != value for name, value in settings.items()):
             raise JobConflictError(f"{job.id} rotates other threads, or in another way: wait for it, or cancel it")
         return job
@@ -67,24 +63,24 @@ class RotationsOfMany(Kind):
         return move(job, "resume")
 
     async def step(self, job_id: str, pace: Throttle) -> None:
-        row = await self._table.row(job_id)
+        row = await self.table.row(job_id)
         if row.job.state == "queued":
-            total = 0 if _due(row.job) else (await self._store.engine.counted()).threads
-            row = await self._table.store(row, move(row.job, "start", total=total))
-        if self._store.claims.contested:  # which of its rotations have ended
-            async for _ in self._table.pages(since_ns=row.job.created_ns):
+            total = 0 if _due(row.job) else (await self.store.engine.counted()).threads
+            row = await self.table.store(row, move(row.job, "start", total=total))
+        if self.store.claims.contested:  # which of its rotations have ended
+            async for _ in self.table.pages(since_ns=row.job.created_ns):
                 await asyncio.sleep(0)
         job, stored_at = row.job, time.monotonic()
         async for thread, done in self._ended(job):
             job = changed(job, cursor=thread, done=job.done + done, failed=job.failed + (not done))
             if time.monotonic() - stored_at > PROGRESS_S:
-                row = await self._table.store(row, job)
+                row = await self.table.store(row, job)
                 stored_at = time.monotonic()
         if job.failed:
-            await self._table.store(row, job)
+            await self.table.store(row, job)
             raise JobFailedError(f"{job.failed} threads are not rotated: progressdb jobs list")
-        row = await self._table.store(row, move(job, "verify"))
-        await self._table.store(row, move(row.job, "finish", cursor="", total=job.done))
+        row = await self.table.store(row, move(job, "verify"))
+        await self.table.store(row, move(row.job, "finish", cursor="", total=job.done))
         _log.info("job_done", job=job.id, threads=job.done)
 
     async def _ended(self, walk: Job) -> AsyncIterator[tuple[str, bool]]:
@@ -103,23 +99,23 @@ class RotationsOfMany(Kind):
     def _threads(self, walk: Job) -> AsyncIterator[str]:
         due = _due(walk)
         if due == Due():
-            return self._store.rekeying.threads(behind=walk.cursor)
-        return (thread async for thread, _ in self._rotation.due_threads(due, walk.created_ns))
+            return self.store.rekeying.threads(behind=walk.cursor)
+        return (thread async for thread, _ in self.rotation.due_threads(due, walk.created_ns))
 
     async def _begin(self, walk: Job, thread: str) -> str | None:
         """The id of the thread's rotation, empty if none can begin; None for a thread that is gone, or that a walk over
         keys has done before."""
-        for job_id in self._table.of_thread(thread):
+        for job_id in self.table.of_thread(thread):
             if job_id > walk.id:
                 with contextlib.suppress(JobNotFoundError, RecordUnreadableError):
-                    job = await self._table.get(job_id)
+                    job = await self.table.get(job_id)
                     if job.trigger == walk.id and job.state in AT_WORK:  # begun by a server that is gone
                         return job_id
                     if job.trigger == walk.id and job.state == "done":
                         return job_id if _due(walk) == Due() else None
-        await self._runner.place()
+        await self.runner.place()
         try:
-            job = await self._rotation.rotate(
+            job = await self.rotation.rotate(
                 thread, rate=walk.rate, destroy_after_s=walk.destroy_after_s, trigger=walk.id, later=True
             )
         except ThreadNotFoundError:
@@ -132,7 +128,7 @@ class RotationsOfMany(Kind):
     async def _end(self, thread: str, job_id: str) -> tuple[str, bool]:
         with contextlib.suppress(JobNotFoundError, RecordUnreadableError):
             while True:
-                job = await self._table.get(job_id)
+                job = await self.table.get(job_id)
                 if job.state not in AT_WORK:
                     return thread, job.state == "done"
                 await asyncio.sleep(LOOK_S)

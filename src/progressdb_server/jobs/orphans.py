@@ -20,6 +20,7 @@ import asyncio
 import math
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Final, NamedTuple
 
 from minikms import api
@@ -58,35 +59,29 @@ class Retired(NamedTuple):
     why: str
 
 
+@dataclass(eq=False)
 class OrphanedKeys(Kind):
     """`has_job`: whether a job works on a thread. Belongs to one event loop."""
 
     every_s = RETRY_S
 
-    def __init__(
-        self,
-        store: Conversations,
-        provider: Provider,
-        has_job: Callable[[str], bool],
-        *,
-        exclusive: bool,
-        age_s: float = ORPHAN_AGE_S,
-        now_s: Callable[[], float] = time.time,
-    ) -> None:
-        self._store = store
-        self._provider = provider
-        self._has_job = has_job
-        self._exclusive = exclusive
-        self._age_s = age_s
-        self.first_s = age_s  # every key of earlier runs is old enough then
-        self._now_s = now_s
+    store: Conversations
+    provider: Provider
+    has_job: Callable[[str], bool]
+    _: KW_ONLY
+    exclusive: bool
+    age_s: float = ORPHAN_AGE_S
+    now_s: Callable[[], float] = time.time
+
+    def __post_init__(self) -> None:
+        self.first_s = self.age_s  # every key of earlier runs is old enough then
         self._walking = asyncio.Lock()
         # Read now: what is written during this run says nothing about the age of the store.
-        self._made_before = _rfc3339(min(now_s(), store.rekeying.newest_ns / 1_000_000_000))
+        self._made_before = _rfc3339(min(self.now_s(), self.store.rekeying.newest_ns / 1_000_000_000))
 
     async def begin(self) -> None:
         """Retire the orphans of earlier runs, in one walk."""
-        if self._exclusive:
+        if self.exclusive:
             try:
                 await self.retire(made_before=self._made_before)
             except KmsError as error:
@@ -97,10 +92,10 @@ class OrphanedKeys(Kind):
 
     async def find(self, first_page: Page | None = None) -> AsyncIterator[list[KeyAnswer]]:
         """The orphans among each page of keys; all, or a page of them. Raises KmsError, StoreUnavailableError."""
-        before = _rfc3339(self._now_s() - self._age_s)
+        before = _rfc3339(self.now_s() - self.age_s)
         left, pages = 0 if first_page is None else first_page.limit, 0
         cursor = None if first_page is None else first_page.cursor or None
-        async for page in key_pages(self._provider, state="active", cursor=cursor):
+        async for page in key_pages(self.provider, state="active", cursor=cursor):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys", RETRY_AFTER_S)
             # The thread's key is looked up first, so that a failing disk is noticed whatever the keys are.
@@ -120,8 +115,8 @@ class OrphanedKeys(Kind):
         """The threads whose key the key service does not have, with the key; those among a page of threads. Raises
         KmsError, StoreUnavailableError."""
         looked_at = 0
-        async for thread in self._store.rekeying.threads("" if asked is None else asked.cursor):
-            key_id = await self._store.rekeying.key_of_thread(thread)
+        async for thread in self.store.rekeying.threads("" if asked is None else asked.cursor):
+            key_id = await self.store.rekeying.key_of_thread(thread)
             if key_id is not None and not await self._has(key_id):
                 yield [(thread, key_id)]
             looked_at += 1
@@ -132,7 +127,7 @@ class OrphanedKeys(Kind):
     async def _has(self, key_id: str) -> bool:
         """Whether the key service has the key, or has had it: a destroyed key is not lost."""
         try:
-            await self._provider.get_key(key_id)
+            await self.provider.get_key(key_id)
         except KmsRefusedError as error:
             if fault(error) is Fault.SERVICE:
                 raise
@@ -141,10 +136,10 @@ class OrphanedKeys(Kind):
 
     async def _is_orphan(self, key: KeyAnswer) -> bool:
         return (
-            await self._store.rekeying.key_of_thread(key.thread_id) != key.key_id
+            await self.store.rekeying.key_of_thread(key.thread_id) != key.key_id
             and key.purpose == "thread"
-            and not self._store.rekeying.making_key(key.thread_id)
-            and not self._has_job(key.thread_id)
+            and not self.store.rekeying.making_key(key.thread_id)
+            and not self.has_job(key.thread_id)
         )
 
     async def retire(self, *, made_before: str = "") -> Retired:
@@ -154,15 +149,15 @@ class OrphanedKeys(Kind):
             retired = left = 0
             async for page in self.find():
                 for key in page:
-                    if not self._exclusive or retired == ORPHANS_MAX or (made_before and key.created_at >= made_before):
+                    if not self.exclusive or retired == ORPHANS_MAX or (made_before and key.created_at >= made_before):
                         left += 1
                         continue
                     if not await self._is_orphan(key):  # asked again: other tasks ran meanwhile
                         continue
-                    await self._provider.retire_key(key.key_id)
+                    await self.provider.retire_key(key.key_id)
                     retired += 1
                     _log.warning("orphaned_key_retired", key=key.key_id, thread=key.thread_id, made=key.created_at)
-            why = "" if not left else SHARED if not self._exclusive else MORE
+            why = "" if not left else SHARED if not self.exclusive else MORE
             return Retired(retired, left, why)
 
 

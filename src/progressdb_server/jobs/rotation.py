@@ -22,6 +22,7 @@ import copy
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
 import msgspec
@@ -32,8 +33,7 @@ from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
 from minikms.platform.logs import Log
 from progressdb_server.config import RotationSection
-from progressdb_server.conversations.whole import Conversations
-from progressdb_server.jobs.runner import Kind, Runner, Throttle
+from progressdb_server.jobs.runner import Throttle, WorkingKind
 from progressdb_server.jobs.states import (
     AT_WORK,
     Failure,
@@ -46,7 +46,7 @@ from progressdb_server.jobs.states import (
     with_source,
 )
 from progressdb_server.jobs.table import PendingRow, Row
-from progressdb_server.kms.provider import Fault, Provider, created_ns, fault, key_pages
+from progressdb_server.kms.provider import Fault, created_ns, fault, key_pages
 from progressdb_server.store.model import (
     Chunk,
     ClaimLostError,
@@ -106,28 +106,14 @@ class _Reencrypted(NamedTuple):
     chunk: Chunk
 
 
-class KeyRotation(Kind):
+@dataclass(eq=False)
+class KeyRotation(WorkingKind):
     name: ClassVar[str] = "rotation"
     every_s = 3600.0
 
-    def __init__(
-        self,
-        runner: Runner,
-        store: Conversations,
-        provider: Provider,
-        settings: RotationSection,
-        *,
-        exclusive: bool,
-        destroys: bool,
-    ) -> None:
-        """`exclusive` and `destroys` as in `jobs.service.Jobs`."""
-        self._runner = runner
-        self._table = runner.table
-        self._store = store
-        self._provider = provider
-        self._settings = settings
-        self._exclusive = exclusive
-        self._destroys = destroys
+    settings: RotationSection
+    exclusive: bool
+    destroys: bool
 
     # --- beginning ------------------------------------------------------------------------------------------------
     async def rotate(
@@ -145,29 +131,29 @@ class KeyRotation(Kind):
         self.check_destroys(destroy_after_s)
         await self.require([thread])
         fields = {"rate": rate, "destroy_after_s": destroy_after_s, "trigger": trigger, "keying": not later}
-        job = await self._runner.add(self, thread, **fields)
+        job = await self.runner.add(self, thread, **fields)
         if not later:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(KEY_WAIT_S):
-                    async for now in self._runner.watch(job.id, pause_s=0):
+                    async for now in self.runner.watch(job.id, pause_s=0):
                         if not now.keying:
                             break
-        return await self._table.get(job.id)
+        return await self.table.get(job.id)
 
     def check_destroys(self, destroy_after_s: int) -> None:
-        if destroy_after_s and not self._destroys:
+        if destroy_after_s and not self.destroys:
             raise JobConflictError("no gateway takes a request to destroy a key: leave destroy_old_after out")
 
     async def due_threads(self, due: Due, now_ns: int) -> AsyncIterator[tuple[str, str]]:
         """Each thread whose current key is due at that time, with the reason; a later key is not. Raises KmsError,
         StoreUnavailableError."""
-        async for page in key_pages(self._provider, state="active"):
+        async for page in key_pages(self.provider, state="active"):
             if page.indexing:
                 raise StoreUnavailableError("the key service is still reading its keys")
             for key in page.keys:
                 if key.purpose != "thread" or created_ns(key) > now_ns:
                     continue
-                if await self._store.rekeying.key_of_thread(key.thread_id) != key.key_id:
+                if await self.store.rekeying.key_of_thread(key.thread_id) != key.key_id:
                     continue
                 if why := due.why(key, now_ns) or await self._worn(key, due.uses):
                     yield key.thread_id, why
@@ -180,7 +166,7 @@ class KeyRotation(Kind):
         if left is None:
             return ""
         since_ns = created_ns(key)
-        async for count in self._store.rekeying.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
+        async for count in self.store.rekeying.count_records(key.thread_id, COUNTED_RECORDS, since_ns=since_ns):
             left -= count
             if left <= 0:
                 return "uses"
@@ -190,25 +176,24 @@ class KeyRotation(Kind):
     async def require(self, threads: Iterable[str]) -> None:
         """Checks that each thread can be rotated. Raises ThreadNotFoundError."""
         for thread in threads:
-            if await self._store.rekeying.key_of_thread(thread) is None:
+            if await self.store.rekeying.key_of_thread(thread) is None:
                 raise ThreadNotFoundError
 
     async def begin(self) -> None:
         """Queue the threads whose keys have reached the configured age or number of records."""
-        settings = self._settings
-        due = Due(age_s=settings.max_age_s or None, uses=settings.max_uses or None)
+        due = Due(age_s=self.settings.max_age_s or None, uses=self.settings.max_uses or None)
         if due == Due():
             return
-        destroy_after_s = settings.destroy_old_after_s
-        async for thread, why in self.due_threads(due, self._table.now_ns()):
-            await self._runner.place()
+        destroy_after_s = self.settings.destroy_old_after_s
+        async for thread, why in self.due_threads(due, self.table.now_ns()):
+            await self.runner.place()
             with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour
                 await self.rotate(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}", later=True)
 
     async def resume(self, job: Job) -> Job:
         if job.restored_ns:
             raise JobConflictError("the job's backups were restored: rotate the thread's key again")
-        if job.new_key and await self._store.rekeying.key_of_thread(job.thread) != job.new_key:
+        if job.new_key and await self.store.rekeying.key_of_thread(job.thread) != job.new_key:
             raise JobConflictError("a later rotation has given the thread another key")
         if job.state == "failed":
             return move(job, "resume", cursor="", moved=0, failed=0, failures=(), reason="")
@@ -218,77 +203,77 @@ class KeyRotation(Kind):
     async def restore(self, job_id: str) -> Restored:
         """Put the old ciphertexts of the job's records back, and cancel the destruction of the old keys. Raises
         JobConflictError."""
-        job = await self._table.get(job_id)
-        async with self._runner.alone(job):
+        job = await self.table.get(job_id)
+        async with self.runner.alone(job):
             if job.destroyed_ns:
                 raise JobConflictError("the key of these backups was destroyed")
             keeps = {"destroy_at_ns": 0, "destroy_after_s": 0, "census_ns": 0, "destroy_waits_for": ""}
-            await self._table.change(job_id, lambda now: changed(now, restored_ns=self._table.now_ns(), **keeps))
-            restored = await self._store.rekeying.restore_kept(job_id)
+            await self.table.change(job_id, lambda now: changed(now, restored_ns=self.table.now_ns(), **keeps))
+            restored = await self.store.rekeying.restore_kept(job_id)
         _log.info("backups_restored", job=job_id, restored=restored.restored, kept=restored.kept)
         return restored
 
     async def drop_backups(self, job_id: str) -> int:
         """Remove the job's backups; returns how many there were. Raises JobConflictError."""
-        async with self._runner.alone(await self._table.get(job_id)):
-            dropped = await self._table.drop_backups(job_id)
+        async with self.runner.alone(await self.table.get(job_id)):
+            dropped = await self.table.drop_backups(job_id)
         _log.info("backups_dropped", job=job_id, dropped=dropped)
         return dropped
 
     # --- the steps ------------------------------------------------------------------------------------------------
     async def step(self, job_id: str, pace: Throttle) -> None:
         await self.prepare(job_id)
-        row = await self._table.row(job_id)
+        row = await self.table.row(job_id)
         if row.job.state == "queued":
-            row = await self._table.store(row, move(row.job, "start"))
+            row = await self.table.store(row, move(row.job, "start"))
         if await self._key_of(row.job.thread) != row.job.new_key:
             raise JobFailedError("a later rotation has given the thread another key")
         if not row.job.total:
-            row = await self._table.store(row, changed(row.job, total=await self._count(row.job.thread)))
+            row = await self.table.store(row, changed(row.job, total=await self._count(row.job.thread)))
         while row.job.state in AT_WORK:
             if row.job.state == "running":
                 row = await self._migrate(row, pace)
                 if row.job.failed and not row.job.moved:
                     raise JobFailedError(f"{row.job.failed} records could not be re-encrypted")
-                row = await self._table.store(row, move(row.job, "verify", cursor="", verified=0))
+                row = await self.table.store(row, move(row.job, "verify", cursor="", verified=0))
             row = await self._verify(row, pace)
 
     async def _count(self, thread: str) -> int:
         total = 0
-        async for entries in self._store.rekeying.count_records(thread, CHUNK_RECORDS_MAX):
+        async for entries in self.store.rekeying.count_records(thread, CHUNK_RECORDS_MAX):
             total += entries
             await asyncio.sleep(0)
         return total
 
     # --- the key --------------------------------------------------------------------------------------------------
     async def _key_of(self, thread: str) -> str:
-        key_id = await self._store.rekeying.key_of_thread(thread)
+        key_id = await self.store.rekeying.key_of_thread(thread)
         if key_id is None:
             raise JobFailedError("the thread has no key")
         return key_id
 
     async def prepare(self, job_id: str) -> None:
         """Give the thread its new key, unless that was done before."""
-        row = await self._table.row(job_id)
+        row = await self.table.row(job_id)
         job = row.job
         if job.new_key:
             return
-        self._store.sealer.check_halted()
+        self.store.sealer.check_halted()
         old = await self._key_of(job.thread)
         if not job.keying or job.old_key != old:
-            row = await self._table.store(row, changed(job, keying=True, old_key=old, sources=(old,)))
-        with self._store.sealer.switching(job.thread):
-            key = await self._provider.create_dek_for_thread(job.thread, replaces=old, request_id=job.id)
-            self._store.sealer.check_halted()
+            row = await self.table.store(row, changed(job, keying=True, old_key=old, sources=(old,)))
+        with self.store.sealer.switching(job.thread):
+            key = await self.provider.create_dek_for_thread(job.thread, replaces=old, request_id=job.id)
+            self.store.sealer.check_halted()
             await self._switch_to(job_id, old, key.key_id)
         _log.info("key_switched", job=job_id, thread=job.thread, old_key=old, new_key=key.key_id)
 
     async def _switch_to(self, job_id: str, old: str, new: str) -> None:
-        job = await self._table.get(job_id)
-        switch = self._store.rekeying.key_switch(job.thread, old, new)
-        while not (row := await self._table.row(job_id)).job.new_key:
+        job = await self.table.get(job_id)
+        switch = self.store.rekeying.key_switch(job.thread, old, new)
+        while not (row := await self.table.row(job_id)).job.new_key:
             try:
-                await self._table.store(row, changed(row.job, new_key=new, keying=False), switch)
+                await self.table.store(row, changed(row.job, new_key=new, keying=False), switch)
             except ClaimLostError:
                 raise
             except StaleRowError:
@@ -297,21 +282,21 @@ class KeyRotation(Kind):
                 await asyncio.sleep(SWITCH_RETRY_S)
             except ConditionFailedError:
                 with contextlib.suppress(KmsError):  # where it is exclusive, the next rotation retires it
-                    await self._provider.retire_key(new, request_id=job_id)
+                    await self.provider.retire_key(new, request_id=job_id)
                 raise
         # From here on every write is under the new key: it is a condition of each (store/sealer.py).
-        self._store.sealer.forget(job.thread)
+        self.store.sealer.forget(job.thread)
 
     async def _retire_unused(self, job: Job) -> None:
         """Keys that were made for the thread by a call whose answer was lost, and that it never got.
 
         Only where this server alone makes such keys: a key with this thread id may be another program's.
         """
-        if not self._exclusive:
+        if not self.exclusive:
             return
         active: list[str] = []
         try:
-            async for page in key_pages(self._provider, thread_id=job.thread, state="active"):
+            async for page in key_pages(self.provider, thread_id=job.thread, state="active"):
                 if page.indexing:
                     raise StoreUnavailableError("the key service is still reading its keys")
                 active += [key.key_id for key in page.keys if key.purpose == "thread"]
@@ -322,8 +307,8 @@ class KeyRotation(Kind):
             return
         for key_id in active:
             # The key of a renewal that runs now becomes the thread's own.
-            if key_id != await self._key_of(job.thread) and not self._store.rekeying.making_key(job.thread):
-                await self._provider.retire_key(key_id, request_id=job.id)
+            if key_id != await self._key_of(job.thread) and not self.store.rekeying.making_key(job.thread):
+                await self.provider.retire_key(key_id, request_id=job.id)
 
     # --- re-encrypting --------------------------------------------------------------------------------------------
     async def _migrate(self, row: Row, pace: Throttle) -> Row:
@@ -333,7 +318,7 @@ class KeyRotation(Kind):
         job = row.job
         ahead: deque[asyncio.Task[_Reencrypted]] = deque()
         writing: deque[PendingRow] = deque()
-        chunks = self._store.rekeying.chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
+        chunks = self.store.rekeying.chunks(job.thread, _chunk_records(pace), behind=job.cursor, to_now=True)
         try:
             async for chunk in chunks:
                 left = [each for each in chunk.records if each.key_id != job.new_key]
@@ -345,19 +330,19 @@ class KeyRotation(Kind):
                     writing.append(self._write(row, await ahead.popleft()))
                     row = writing[-1].row
                 if len(writing) > WRITES_AHEAD:
-                    await self._table.settle(writing.popleft())
+                    await self.table.settle(writing.popleft())
             while ahead:
                 writing.append(self._write(row, await ahead.popleft()))
                 row = writing[-1].row
             while writing:
-                await self._table.settle(writing.popleft())
+                await self.table.settle(writing.popleft())
             return row
         finally:
             await _cancel(ahead)
             await asyncio.gather(*(pending.write.done for pending in writing), return_exceptions=True)
 
     async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Reencrypted:
-        self._store.sealer.check_halted()
+        self.store.sealer.check_halted()
         moved: list[tuple[Record, bytes]] = []
         failures = [Failure(name, MALFORMED) for name in chunk.malformed]
         by_key: dict[str, list[Record]] = {}
@@ -369,21 +354,21 @@ class KeyRotation(Kind):
                     moved.append((row, outcome))
                 else:
                     failures.append(_failure(row, outcome))
-        self._store.sealer.check_halted()
+        self.store.sealer.check_halted()
         return _Reencrypted(moved, failures, chunk)
 
     async def _reencrypt_from(
         self, job: Job, key_id: str, records: Sequence[Record]
     ) -> Sequence[bytes | KmsRefusedError]:
         try:
-            return await self._provider.reencrypt_batch(key_id, job.new_key, _items(records), request_id=job.id)
+            return await self.provider.reencrypt_batch(key_id, job.new_key, _items(records), request_id=job.id)
         except KmsRefusedError as error:
             if fault(error) is Fault.SERVICE:
                 raise
             if error.code == api.CODE_KEY_RETIRED:
                 raise JobFailedError(f"the new key can't be used ({error.code})") from error
             # One of the two keys is at fault. If the new one encrypts, it is the one that the records are under.
-            await self._provider.encrypt(job.new_key, b"", aad=job.id.encode(), thread_id=job.thread, request_id=job.id)
+            await self.provider.encrypt(job.new_key, b"", aad=job.id.encode(), thread_id=job.thread, request_id=job.id)
             return [copy.copy(error)] * len(records)  # without the traceback, which leads to the caller
 
     def _write(self, row: Row, step: _Reencrypted) -> PendingRow:
@@ -401,8 +386,8 @@ class KeyRotation(Kind):
             failed=job.failed + len(step.failures),
             failures=add_failures(job.failures, step.failures),
         )
-        moves = self._store.rekeying.moves(job.id, job.new_key, step.moved, step.chunk.read_at)
-        return self._table.submit(row, after, moves)
+        moves = self.store.rekeying.moves(job.id, job.new_key, step.moved, step.chunk.read_at)
+        return self.table.submit(row, after, moves)
 
     # --- verifying ------------------------------------------------------------------------------------------------
     async def _verify(self, row: Row, pace: Throttle) -> Row:
@@ -411,7 +396,7 @@ class KeyRotation(Kind):
         left, verified, stored_at = 0, 0, time.monotonic()
         broken: list[Failure] = []
         ahead: deque[asyncio.Task[list[Failure]]] = deque()
-        chunks = self._store.rekeying.chunks(job.thread, _chunk_records(pace), to_now=True)
+        chunks = self.store.rekeying.chunks(job.thread, _chunk_records(pace), to_now=True)
         try:
             async for chunk in chunks:
                 current = [each for each in chunk.records if each.key_id == job.new_key]
@@ -422,43 +407,43 @@ class KeyRotation(Kind):
                     broken += await ahead.popleft()
                 verified += len(current)
                 if time.monotonic() - stored_at > PROGRESS_S:
-                    row = await self._table.store(row, changed(row.job, verified=verified))
+                    row = await self.table.store(row, changed(row.job, verified=verified))
                     stored_at = time.monotonic()
             while ahead:
                 broken += await ahead.popleft()
         finally:
             await _cancel(ahead)
         if broken:
-            row = await self._table.store(
+            row = await self.table.store(
                 row,
                 changed(row.job, failed=row.job.failed + len(broken), failures=add_failures(row.job.failures, broken)),
             )
             raise JobFailedError(f"{len(broken)} records do not open under the new key")
         if left:
             again = move(row.job, "again", cursor="", moved=0, failed=0, failures=(), verified=verified)
-            return await self._table.store(row, again)
+            return await self.table.store(row, again)
         return await self._finish(row, verified, pace)
 
     async def _check(self, job: Job, records: Sequence[Record]) -> list[Failure]:
         """The records that do not open under the new key."""
-        self._store.sealer.check_halted()
-        outcomes = await self._provider.check_batch(
+        self.store.sealer.check_halted()
+        outcomes = await self.provider.check_batch(
             job.new_key, _items(records), thread_id=job.thread, request_id=job.id
         )
         return [_failure(row, refused) for row, refused in zip(records, outcomes, strict=True) if refused is not None]
 
     async def _finish(self, row: Row, verified: int, pace: Throttle) -> Row:
         count = 0
-        async for entries in self._store.rekeying.count_kept(row.job.id, _chunk_records(pace)):
+        async for entries in self.store.rekeying.count_kept(row.job.id, _chunk_records(pace)):
             count += entries
             await pace.take(SCAN_COST * entries)
         if count != row.job.backups:
             raise JobFailedError(f"{row.job.backups} backups were made, {count} are there")
         await self._retire_unused(row.job)
         job = row.job
-        due_ns = self._table.now_ns() + job.destroy_after_s * 1_000_000_000 if job.destroy_after_s else 0
+        due_ns = self.table.now_ns() + job.destroy_after_s * 1_000_000_000 if job.destroy_after_s else 0
         done = move(job, "finish", cursor="", verified=verified, total=job.done, reason="", destroy_at_ns=due_ns)
-        row = await self._table.store(row, done)
+        row = await self.table.store(row, done)
         _log.info("job_done", job=job.id, thread=job.thread, records=job.done)
         return row
 

@@ -19,6 +19,7 @@ import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Final
 
 from minikms.api.errors import KmsError, KmsRefusedError, LimitExceededError, SealedError
@@ -39,7 +40,7 @@ from progressdb_server.jobs.states import (
     move,
 )
 from progressdb_server.jobs.table import LATE_ROWS_NS, JobTable
-from progressdb_server.kms.provider import Fault, fault
+from progressdb_server.kms.provider import Fault, Provider, fault
 from progressdb_server.store.model import (
     ConditionFailedError,
     RecordUnreadableError,
@@ -101,8 +102,8 @@ class Kind:
     """The name in the rows of its jobs (`Job.kind`); empty for a kind without rows of its own."""
     beside: ClassVar[bool] = False
     """Whether its jobs only begin other jobs and wait for them: they count as no work."""
-    first_s: float = 60.0
-    every_s: float = 60.0
+    first_s = 60.0
+    every_s = 60.0
     """From a start until `begin` is called, and between two calls; `math.inf`: never again."""
 
     async def begin(self) -> None:
@@ -120,32 +121,37 @@ class Kind:
         return move(job, "resume")
 
 
+@dataclass(eq=False)
+class WorkingKind(Kind):
+    """A kind of job that works on threads, with what it needs for that."""
+
+    runner: Runner
+    store: Conversations
+    provider: Provider
+
+    @property
+    def table(self) -> JobTable:
+        """The rows of all jobs."""
+        return self.runner.table
+
+
+@dataclass(eq=False)
 class JobWorkers:
     """Works on the jobs whose turn it is. `threads`: of whoever begins a job; the end of its work frees its thread."""
 
-    def __init__(
-        self,
-        store: Conversations,
-        table: JobTable,
-        threads: dict[str, str],
-        kind_of: Callable[[Job], Kind],
-        *,
-        pace: Throttle,
-        stop: asyncio.Event,
-    ) -> None:
-        self._store = store
-        self._table = table
-        self._threads = threads
-        self._kind_of = kind_of
-        self._pace = pace
-        self._stop = stop
-        self.queue: deque[str] = deque()
-        self.running: dict[str, asyncio.Task[None]] = {}
-        self._others: set[asyncio.Task[Any]] = set()
+    store: Conversations
+    table: JobTable
+    threads: dict[str, str]
+    kind_of: Callable[[Job], Kind]
+    pace: Throttle
+    stop: asyncio.Event
+    queue: deque[str] = field(default_factory=deque)
+    running: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    others: set[asyncio.Task[Any]] = field(default_factory=set)
 
     async def close(self) -> None:
         self.queue.clear()
-        tasks = [*self.running.values(), *self._others]
+        tasks = [*self.running.values(), *self.others]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -153,8 +159,8 @@ class JobWorkers:
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Work beside the jobs, until `close`."""
         task = asyncio.get_running_loop().create_task(work)
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
+        self.others.add(task)
+        task.add_done_callback(self.others.discard)
 
     async def begin(self, job: Job) -> None:
         """Queue a job that has its thread. A job that switches a key is prepared first."""
@@ -165,7 +171,7 @@ class JobWorkers:
 
     async def prepare_then_queue(self, job_id: str) -> None:
         try:
-            kind = self._kind_of(await self._table.get(job_id))
+            kind = self.kind_of(await self.table.get(job_id))
             await self._persist(job_id, lambda: kind.prepare(job_id))
             await self.settle(job_id)
         except StoreUnavailableError:
@@ -180,14 +186,14 @@ class JobWorkers:
     @property
     def at_work(self) -> list[Job]:
         """What counts for RUNNING_MAX."""
-        return [job for job in self._table.followed.values() if not self._kind_of(job).beside]
+        return [job for job in self.table.followed.values() if not self.kind_of(job).beside]
 
     async def pump(self) -> None:
         """Start queued jobs, up to RUNNING_MAX."""
-        while self.queue and len(self.at_work) < RUNNING_MAX and not self._stop.is_set():
+        while self.queue and len(self.at_work) < RUNNING_MAX and not self.stop.is_set():
             job_id = self.queue.popleft()
             try:
-                job = await self._table.get(job_id)
+                job = await self.table.get(job_id)
             except StoreUnavailableError:
                 self.queue.appendleft(job_id)
                 self.later(job_id)
@@ -197,30 +203,30 @@ class JobWorkers:
             except BaseException:
                 self.queue.appendleft(job_id)
                 raise
-            if job.state not in AT_WORK or job_id in self.running or self._threads.get(job.thread) != job_id:
+            if job.state not in AT_WORK or job_id in self.running or self.threads.get(job.thread) != job_id:
                 continue
             if len(self.at_work) == RUNNING_MAX:  # another task has started one meanwhile
                 self.queue.appendleft(job_id)
                 return
-            self._table.followed[job_id] = job
+            self.table.followed[job_id] = job
             self.running[job_id] = asyncio.get_running_loop().create_task(self._work(job))
 
     async def _work(self, job: Job) -> None:
-        kind, pace = self._kind_of(job), self._pace if job.rate is None else Throttle(job.rate)
+        kind, pace = self.kind_of(job), self.pace if job.rate is None else Throttle(job.rate)
         try:
             await self._persist(job.id, lambda: kind.step(job.id, pace))
         finally:
             # In the same turn as the job's last change, so that its thread is free for whoever waited for it.
-            del self.running[job.id], self._table.followed[job.id]
-            if not self._stop.is_set():
+            del self.running[job.id], self.table.followed[job.id]
+            if not self.stop.is_set():
                 await self._after_work(job.id)
 
     async def _persist(self, job_id: str, work: Callable[[], Awaitable[None]]) -> None:
         delay_s, at = RETRY_S_MIN, 0
         while True:
             try:
-                job = await self._table.get(job_id)
-                if job.state not in AT_WORK or not await self._store.claims.holds(job.thread):
+                job = await self.table.get(job_id)
+                if job.state not in AT_WORK or not await self.store.claims.holds(job.thread):
                     return
                 if job.updated_ns != at:
                     delay_s, at = RETRY_S_MIN, job.updated_ns
@@ -246,7 +252,7 @@ class JobWorkers:
                 return
             except (KmsError, StoreUnavailableError, ConditionFailedError) as error:
                 if isinstance(error, SealedError):
-                    self._store.sealer.halt_sealed()
+                    self.store.sealer.halt_sealed()
                 wait_s = max(delay_s, error.retry_after_s) if isinstance(error, LimitExceededError) else delay_s
                 _log.warning("job_waits", job=job_id, reason=str(error), retry_s=wait_s)
                 await asyncio.sleep(wait_s)
@@ -255,17 +261,17 @@ class JobWorkers:
     async def _fail(self, job_id: str, reason: str) -> None:
         """The job has failed, unless somebody has paused or cancelled it meanwhile. Raises StaleRowError,
         StoreUnavailableError; then the work fails again."""
-        row = await self._table.row(job_id)
+        row = await self.table.row(job_id)
         if row.job.state in AT_WORK:
-            await self._table.store(row, move(row.job, "fail", reason=reason, keying=False))
+            await self.table.store(row, move(row.job, "fail", reason=reason, keying=False))
             _log.error("job_failed", job=job_id, reason=reason)
 
     async def _after_work(self, job_id: str) -> None:
         try:
             with contextlib.suppress(RecordUnreadableError):
                 await self.settle(job_id)
-                job = await self._table.get(job_id)
-                if job.state == "queued" and self._threads.get(job.thread) == job_id:
+                job = await self.table.get(job_id)
+                if job.state == "queued" and self.threads.get(job.thread) == job_id:
                     self.queue.append(job_id)  # resumed while its worker stopped
             await self.pump()
         except StoreUnavailableError:  # unreadable for the moment
@@ -283,19 +289,19 @@ class JobWorkers:
     async def wait_for_end(self, job_id: str) -> None:
         """A job's end can be read before it is durable. Wait until it is durable and the job's thread is free."""
         worker = self.running.get(job_id)
-        if worker is not None and (await self._table.get(job_id)).state not in AT_WORK:
+        if worker is not None and (await self.table.get(job_id)).state not in AT_WORK:
             await asyncio.wait({worker})
 
     async def settle(self, job_id: str) -> None:
         """Free the thread once its job is finished and no worker works on it."""
-        job = await self._table.get(job_id)
-        if job_id in self.running or self._threads.get(job.thread) != job_id:
+        job = await self.table.get(job_id)
+        if job_id in self.running or self.threads.get(job.thread) != job_id:
             return
         # Beside other servers, each of them may resume a job that is paused.
-        ended = job.state not in AT_WORK or not await self._store.claims.holds(job.thread)
-        if ended if self._store.claims.contested else not job.unfinished:
-            del self._threads[job.thread]
-            await self._store.claims.release(job.thread, job_id if job.unfinished else "")
+        ended = job.state not in AT_WORK or not await self.store.claims.holds(job.thread)
+        if ended if self.store.claims.contested else not job.unfinished:
+            del self.threads[job.thread]
+            await self.store.claims.release(job.thread, job_id if job.unfinished else "")
 
     async def stop_work(self, job_id: str) -> None:
         """The job is no longer at work, or no longer this server's."""
@@ -304,7 +310,7 @@ class JobWorkers:
             worker.cancel()
             await asyncio.wait({worker})
             self.running.pop(job_id, None)
-            self._table.followed.pop(job_id, None)  # a worker that never began has not removed itself
+            self.table.followed.pop(job_id, None)  # a worker that never began has not removed itself
             await self.pump()
         await self.settle(job_id)
 
@@ -322,7 +328,7 @@ class Runner:
         self._beginning = asyncio.Lock()
         self._threads: dict[str, str] = {}
         """Thread → id of the job that has it, or OTHER_WORK."""
-        self._workers = JobWorkers(store, self.table, self._threads, self._kind, pace=Throttle(rate), stop=stop)
+        self._workers = JobWorkers(store, self.table, self._threads, self._kind, Throttle(rate), stop)
         store.metrics.gauges["progressdb_jobs_running"] = ("Jobs at work.", lambda: len(self._workers.running))
         store.metrics.gauges["progressdb_jobs_unfinished"] = ("Jobs not finished yet.", lambda: len(self._threads))
         store.metrics.gauges["progressdb_jobs_records_left"] = (

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from minikms.platform import clock
@@ -22,7 +23,6 @@ from progressdb_server.jobs.purge import ThreadPurge
 from progressdb_server.jobs.rotation import KeyRotation
 from progressdb_server.jobs.runner import Kind, Runner
 from progressdb_server.jobs.states import FINAL, JobError
-from progressdb_server.jobs.table import JobTable
 from progressdb_server.kms.provider import Provider
 
 KEEP_ALL: Final = Retention(deleted_after="never", rotation_backups_after="never")
@@ -30,18 +30,17 @@ ROW_AGE_S: Final = 90 * 86_400
 """Age at which the row of a finished job is removed, if it has left no backups and no key to destroy."""
 
 
+@dataclass(eq=False)
 class OldRows(Kind):
+    rotation: KeyRotation
+    backups_after_s: int
     every_s = 3600.0
 
-    def __init__(self, rotation: KeyRotation, table: JobTable, retention: Retention) -> None:
-        self._rotation = rotation
-        self._table = table
-        self._backups_s = retention.rotation_backups_after_s
-
     async def begin(self) -> None:
-        oldest_ns = self._table.now_ns() - ROW_AGE_S * 1_000_000_000
-        kept_ns = self._table.now_ns() - self._backups_s * 1_000_000_000 if self._backups_s else 0
-        async for page in self._table.pages():
+        table, after_s = self.rotation.table, self.backups_after_s
+        oldest_ns = table.now_ns() - ROW_AGE_S * 1_000_000_000
+        kept_ns = table.now_ns() - after_s * 1_000_000_000 if after_s else 0
+        async for page in table.pages():
             old = [
                 job
                 for job in page
@@ -50,12 +49,12 @@ class OldRows(Kind):
                 and not (job.backups or job.destroy_at_ns)
             ]
             if old:
-                await self._table.remove(old)
+                await table.remove(old)
             for job in page:
                 # What is not done has verified no record under the new key.
                 if job.backups and job.state == "done" and job.created_ns < kept_ns:
                     with contextlib.suppress(JobError):  # another job is on the thread: in an hour
-                        await self._rotation.drop_backups(job.id)
+                        await self.rotation.drop_backups(job.id)
             await asyncio.sleep(0)
 
 
@@ -78,17 +77,17 @@ class Jobs(Runner):
         """`exclusive`: only this server makes keys of purpose `thread` in the key service. `destroys`: it takes
         requests to destroy keys. `stop` as in `Runner`. `boot_ns`: a clock that nobody sets."""
         super().__init__(store, settings.records_per_second, stop or asyncio.Event(), now_ns)
-        self.rotation = KeyRotation(self, store, provider, settings, exclusive=exclusive, destroys=destroys)
-        self.destruction = KeyDestruction(self, store, provider)
+        parts = self, store, provider
+        self.rotation = KeyRotation(*parts, settings, exclusive, destroys)
+        self.destruction = KeyDestruction(*parts)
         self.orphans = OrphanedKeys(store, provider, self.has_job, exclusive=exclusive)
-        self.many = RotationsOfMany(self, store, self.rotation)
-        purge_after_s = retention.deleted_after_s if destroys else 0
-        self.purge = ThreadPurge(self, store, provider, purge_after_s, exclusive=exclusive, boot_ns=boot_ns)
+        self.many = RotationsOfMany(*parts, self.rotation)
+        self.purge = ThreadPurge(*parts, retention.deleted_after_s if destroys else 0, exclusive, boot_ns)
         self.kinds = (
             self.rotation,
             self.many,
             self.purge,
             self.destruction,
             self.orphans,
-            OldRows(self.rotation, self.table, retention),
+            OldRows(self.rotation, retention.rotation_backups_after_s),
         )

@@ -33,7 +33,7 @@ from minikms.platform.sync import sync_directory, sync_file
 from progressdb_server.metrics import StoreMetrics
 from progressdb_server.store import keyspace, places
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine, pages
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import (
     BackupBusyError,
@@ -109,7 +109,7 @@ class Backups:
         Raises BackupExistsError; BackupError for a store in files."""
         if self._engine.makes_backups:
             raise BackupError("only backups of a database are registered: progressdb backup create makes this one")
-        if label in [known.name async for page in self.registered() for known in page]:
+        if label in [backup.name async for backup in self.registered()]:
             raise BackupExistsError(f"a backup {label} is registered already")
         known = RegisteredBackup(label, await self._engine.now_ns() if begun_ns is None else begun_ns, of_database=True)
         entry = keyspace.backup(known.created_ns)
@@ -119,12 +119,11 @@ class Backups:
             raise BackupExistsError("another backup was begun at that time") from None
         return known
 
-    async def registered(self) -> AsyncIterator[list[RegisteredBackup]]:
+    async def registered(self) -> AsyncIterator[RegisteredBackup]:
         """The backups that were begun and not removed from the register, oldest first."""
-        lower, upper = keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)
-        while entries := await self._reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-            lower = keyspace.next_key(entries[-1][0])
-            yield [msgspec.json.decode(value, type=RegisteredBackup) for _, value in entries]
+        async for entries in pages(self._reads, keyspace.BACKUPS, keyspace.after(keyspace.BACKUPS)):
+            for _, value in entries:
+                yield msgspec.json.decode(value, type=RegisteredBackup)
 
     async def look_at_newest(self) -> None:
         """For `newest_ns`. Raises StoreUnavailableError."""
@@ -153,7 +152,7 @@ class Backups:
     async def forget(self, name: str) -> list[RegisteredBackup]:
         """Remove the backup from the register: keys that only it needed may be destroyed. Returns the entries that it
         had. Raises BackupNotFoundError, BackupThereError."""
-        backups = [known async for page in self.registered() for known in page if known.name == name]
+        backups = [backup async for backup in self.registered() if backup.name == name]
         if not backups:
             raise BackupNotFoundError(f"no backup {name} is registered")
         if there := [known.path for known in backups if not known.gone]:

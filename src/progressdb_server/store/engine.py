@@ -108,6 +108,15 @@ async def in_order(reads: Reads, prefix: bytes, after: bytes = b"") -> AsyncIter
         await asyncio.sleep(WALK_PAUSE_S if len(keys) == WALK_KEYS_MAX else 0)
 
 
+async def pages(
+    reads: Reads, lower: bytes, upper: bytes, *, limit: int = SCAN_ENTRIES_MAX, bytes_max: int | None = None
+) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+    """The entries of a range in pages, as `Reads.scan` gives them. A page is read when the iterator reaches it."""
+    while entries := await reads.scan(lower, upper, limit=limit, bytes_max=bytes_max):
+        lower = keyspace.next_key(entries[-1][0])
+        yield entries
+
+
 class Counters(msgspec.Struct, array_like=True):
     """Stored at `store:state` with every group: the counters, and the highest stamp that was issued, whose era is apart
     from its Unix nanoseconds (MessagePack has no number for both)."""

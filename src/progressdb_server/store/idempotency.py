@@ -19,7 +19,7 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.platform.logs import Log
 from progressdb_server.store import keyspace
 from progressdb_server.store.conditions import Write
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, Commits, Engine, Reads
+from progressdb_server.store.engine import Commits, Engine, Reads, pages
 from progressdb_server.store.keyspace import Clock
 from progressdb_server.store.model import (
     ConditionFailedError,
@@ -125,9 +125,7 @@ def _expired(remembered: IdempotencyRecord, now_ns: int) -> bool:
 async def sweep(reads: Reads, writer: Commits, now_ns: int) -> int:
     """Delete the expired entries; returns how many. Logs how many are damaged."""
     swept = damaged = 0
-    lower, upper = keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)
-    while entries := await reads.scan(lower, upper, limit=SCAN_ENTRIES_MAX):
-        lower = keyspace.next_key(entries[-1][0])
+    async for entries in pages(reads, keyspace.IDEMPOTENCY, keyspace.after(keyspace.IDEMPOTENCY)):
         old: list[tuple[bytes, bytes]] = []
         for key, raw in entries:
             try:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Final, NamedTuple, Protocol
 
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, OrderedMap, Reader, Reads
+from progressdb_server.store.engine import EngineBusyError, OrderedMap, Reads, pages
 from progressdb_server.store.local import LocalReads
 
 WALK_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -56,15 +56,8 @@ class Entries(View, Protocol):
 
 
 class LocalView(LocalReads):
-    def __init__(self, reader: Reader) -> None:
-        super().__init__(reader)
-        self._walked = reader
-
-    async def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
-        lower = b""
-        while page := self._walked.scan(lower, keyspace.END, limit=SCAN_ENTRIES_MAX, bytes_max=WALK_BYTES_MAX):
-            yield page
-            lower = keyspace.next_key(page[-1][0])
+    def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
+        return pages(self, b"", keyspace.END, bytes_max=WALK_BYTES_MAX)
 
     async def heads(self) -> AsyncIterator[list[ThreadTail]]:
         none: tuple[list[ThreadTail], ...] = ()

@@ -30,7 +30,7 @@ async def test_no_operation_takes_a_read_that_failed_for_the_end() -> None:
         await store.messages.create(again, idempotency=RETRIED)
 
         async def backups() -> list[object]:
-            return [known async for page in store.backups.registered() for known in page]
+            return [known async for known in store.backups.registered()]
 
         async def newest_backup() -> float:
             await store.backups.look_at_newest()

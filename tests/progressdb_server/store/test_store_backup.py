@@ -69,7 +69,7 @@ async def test_the_next_backup_shares_the_files_that_did_not_change(tmp_path: Pa
         first = await back_up(store, tmp_path / "one")
         await write(store, 10)
         second = await back_up(store, tmp_path / "two", tmp_path / "one")
-        begun = [known async for page in store.backups.registered() for known in page]
+        begun = [known async for known in store.backups.registered()]
         assert [one.path for one in begun] == [str(tmp_path / "one"), str(tmp_path / "two")]
         assert begun[0].created_ns == first.created_ns
     shared = {f.name for f in first.files} & {f.name for f in second.files}
@@ -149,7 +149,7 @@ async def test_the_files_of_backup_and_restore_are_their_owners_alone(tmp_path: 
 
 
 async def registered(store: Conversations) -> list[str]:
-    return [known.name async for page in store.backups.registered() for known in page]
+    return [known.name async for known in store.backups.registered()]
 
 
 async def test_a_backup_that_fails_leaves_neither_files_nor_an_entry(
@@ -256,7 +256,7 @@ async def test_no_backup_is_made_of_a_store_with_a_damaged_block(tmp_path: Path)
         with pytest.raises(BackupError, match=table.name):
             await back_up(store, tmp_path / "bad", tmp_path / "good")
         assert not (tmp_path / "bad").exists()
-        assert [known.name async for page in store.backups.registered() for known in page] == ["good"]
+        assert [known.name async for known in store.backups.registered()] == ["good"]
     assert backup.verify(str(tmp_path / "good")) == good
 
 

@@ -106,11 +106,8 @@ class BackupHandlers:
         return JsonList(b'{"backups":[', self._pages())
 
     async def _pages(self) -> AsyncIterator[list[dict[str, object]]]:
-        async for page in self._backups.registered():
-            yield [
-                {"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}
-                for known in page
-            ]
+        async for known in self._backups.registered():
+            yield [{"name": known.name, "path": known.path, "created_ns": known.created_ns, "gone": known.gone}]
 
     @Operation(
         "DELETE",

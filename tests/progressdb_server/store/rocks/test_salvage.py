@@ -271,7 +271,7 @@ def test_the_damaged_store_is_a_backup_for_which_keys_are_kept(tmp_path: Path) -
 
     async def run() -> list[str]:
         async with opened(RocksEngine(str(tmp_path / "db"))) as store:
-            return [known.path async for page in store.backups.registered() for known in page if not known.gone]
+            return [known.path async for known in store.backups.registered() if not known.gone]
 
     assert asyncio.run(run()) == [str(tmp_path / f"db{DAMAGED}1")]
 
