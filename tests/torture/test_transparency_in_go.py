@@ -26,7 +26,7 @@ from tests.vectors import make_tree
 
 pytestmark = [pytest.mark.torture, pytest.mark.timeout(900)]
 
-GO = "go"  # not of .ci/run, which runs no torture
+GO = "go"
 DEBIAN_GO = Path("/usr/share/gocode")
 SQLITE_BUILD_S_MAX = 800
 """litewitness includes SQLite, whose Go takes the compiler minutes when it has nothing cached."""
