@@ -26,8 +26,8 @@ MESSAGES = 12
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (offline, postgres_offline):
-        monkeypatch.setattr(module, "SCAN_ENTRIES_MAX", 10)
+    monkeypatch.setattr(offline, "WALK_BYTES_MAX", 1000)
+    monkeypatch.setattr(postgres_offline, "SCAN_ENTRIES_MAX", 10)
 
 
 async def made(path: str, provider: SealingProvider | None = None) -> None:
