@@ -21,6 +21,8 @@ SOURCE = Path(__file__).resolve().parents[2] / "examples" / "reader-go"
 CODE_LINES_MAX = 600
 GO_VERSION_MIN = (1, 24)
 BUILD_S_MAX = 400
+SIG_BYTES = 47
+"""SIG at the end of a line, which only the next line or the tree covers."""
 LONG = os.urandom(3 * 65536 + 7)
 
 
@@ -202,12 +204,12 @@ def test_a_log_and_its_tree_are_verified_and_one_other_byte_refused(read: Reader
     lines = content.splitlines(keepends=True)
     assert done.stdout.startswith(b"lines 1 to %d, " % len(lines))
     copy = tmp_path / "minikms-audit.log"
-    changes = [altered(content, place) for place in places_in(content[:-46])]
+    changes = [altered(content, place) for place in places_in(content[:-SIG_BYTES])]
     changes += [b"".join(lines[:3] + lines[4:]), b"".join([*lines[:3], lines[4], lines[3], *lines[5:]]), content[:-1]]
     for changed in changes:
         copy.write_bytes(changed)
         assert is_refused(read("audit", tmp_path, data.public_key))
-    for place in range(len(content) - 46, len(content), 5):
+    for place in range(len(content) - SIG_BYTES, len(content), 5):
         copy.write_bytes(altered(content, place))
         assert is_refused(read("audit", tmp_path, data.public_key, *tree))
     copy.write_bytes(b"".join(lines[:-1]))
