@@ -26,7 +26,7 @@ MESSAGES = 12
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "WALK_BYTES_MAX", 1000)
+    monkeypatch.setattr(offline, "WALK_BYTES_MAX", 300)
     monkeypatch.setattr(postgres_offline, "SCAN_ENTRIES_MAX", 10)
 
 
