@@ -128,6 +128,10 @@ def test_the_proxy_is_charged_for_all_whom_it_names() -> None:
     error = machine.refused("spiffe://prod/a", 0)
     assert (error.holder, error.of_all) == ("proxy 1 (gateway)", True)
     assert passing(machine, "uid:1", 10) == 10
+    machine = Machine(rules(proxy="reencrypts_per_hour = 5"))
+    machine.begin("spiffe://prod/a", 0, 3)
+    with pytest.raises(LimitExceededError):
+        machine.begin("spiffe://prod/b", 0, 3)
 
 
 def test_a_batch_that_never_has_room_is_not_asked_to_wait() -> None:
