@@ -24,7 +24,7 @@ from progressdb_server.store.offline import LocalView
 from tests.progressdb_server.jobs.rotating import UNBOUNDED, Gate, Place, backups_of, register, write
 from tests.progressdb_server.jobs.test_rotations_of_many import all_jobs
 from tests.progressdb_server.store.memory_engine import MemoryEngine
-from tests.progressdb_server.store.opened_store import TickingClock, becomes, disk, keys_of, messages_of, with_store
+from tests.progressdb_server.store.opened_store import TickingClock, becomes, disk, keys_of, messages_of, opened
 from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 DAY_NS = 86_400 * 10**9
@@ -100,10 +100,10 @@ async def check_gone(store: Conversations, place: Place, strays: Collection[str]
 
 
 @pytest.mark.usefixtures("both_engines")
-def test_a_thread_that_was_deleted_long_ago_is_purged_with_a_receipt() -> None:
+async def test_a_thread_that_was_deleted_long_ago_is_purged_with_a_receipt() -> None:
     place = Place(retention=RETENTION)
 
-    async def body(store: Conversations) -> None:
+    async with opened(None, place.provider, place.clock) as store:
         given = store, place.provider, UNBOUNDED, RETENTION
         jobs = Jobs(*given, exclusive=False, now_ns=place.clock, boot_ns=place.clock)
         await jobs.start()
@@ -122,20 +122,16 @@ def test_a_thread_that_was_deleted_long_ago_is_purged_with_a_receipt() -> None:
         assert (await store.threads.get("gone")).author == "ann"
         await jobs.close()
 
-    with_store(body, None, place.provider, place.clock)
 
-
-def test_a_thread_stays_while_it_is_not_deleted_for_so_long() -> None:
+async def test_a_thread_stays_while_it_is_not_deleted_for_so_long() -> None:
     place = Place(retention=RETENTION)
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await deleted(store, jobs, place)
         place.clock.now -= 2 * DAY_NS
         await jobs.purge.begin()
         assert not [job for job in await all_jobs(jobs) if job.kind == "purge"]
         assert (await store.threads.get("gone")).deleted
-
-    place.run(body)
 
 
 @pytest.mark.parametrize("restarted", [False, True])
@@ -282,12 +278,12 @@ async def lost_message(store: Conversations) -> None:
         (lost_message, "gone", "is missing"),
     ],
 )
-def test_a_purge_without_proof_destroys_nothing(
+async def test_a_purge_without_proof_destroys_nothing(
     forge: Callable[[Conversations], Awaitable[None]], thread: str, reason: str
 ) -> None:
     place = Place(retention=RETENTION)
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await deleted(store, jobs, place)
         await forge(store)
         await jobs.purge.begin()
@@ -300,14 +296,12 @@ def test_a_purge_without_proof_destroys_nothing(
         await jobs.purge.begin()
         assert len(await all_jobs(jobs)) == before, "it is not tried again by itself"
 
-    place.run(body)
 
-
-def test_a_forged_header_does_not_destroy_the_key_of_another_store() -> None:
+async def test_a_forged_header_does_not_destroy_the_key_of_another_store() -> None:
     """On a shared key service, where that store has a thread of the same name."""
     place = Place(retention=RETENTION, exclusive=False)
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await deleted(store, jobs, place)
         other = (await place.keys.create_dek_for_thread("gone")).key_id
         prefix = keyspace.messages("gone")
@@ -318,8 +312,6 @@ def test_a_forged_header_does_not_destroy_the_key_of_another_store() -> None:
         job = await purged(jobs)
         assert (job.state, place.keys.destroyed) == ("failed", set())
         assert f"the key {other} is not destroyed" in job.reason
-
-    place.run(body)
 
 
 class Unlisting(SealingProvider):
@@ -363,11 +355,11 @@ def test_a_key_that_is_not_listed_is_not_taken_for_destroyed(code: str, all_keys
     place.run(body)
 
 
-def test_a_key_that_is_made_after_the_keys_went_does_not_stop_a_purge() -> None:
+async def test_a_key_that_is_made_after_the_keys_went_does_not_stop_a_purge() -> None:
     """As by a create of the same name between a kill and the restart; the walk of orphaned keys retires it."""
     place = Place(retention=RETENTION)
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await deleted(store, jobs, place)
         place.keys.destroyed.update(place.keys.keys_of("gone", active=False))
         late = (await place.keys.create_dek_for_thread("gone")).key_id
@@ -377,13 +369,11 @@ def test_a_key_that_is_made_after_the_keys_went_does_not_stop_a_purge() -> None:
         with pytest.raises(ThreadNotFoundError):
             await store.threads.get("gone")
 
-    place.run(body)
 
-
-def test_a_purge_that_is_cancelled_while_others_are_queued_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_purge_that_is_cancelled_while_others_are_queued_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
     place = Place(retention=RETENTION)
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await deleted(store, jobs, place)
         place.keys.holds = {"decrypt_batch"}
         job = await jobs.add(jobs.purge, "gone")
@@ -396,33 +386,27 @@ def test_a_purge_that_is_cancelled_while_others_are_queued_stays_so(monkeypatch:
         await jobs.purge.begin()
         assert [one.id for one in await all_jobs(jobs) if one.kind == "purge"] == [job.id]
 
-    place.run(body)
 
-
-def test_a_purge_that_was_begun_ends_when_the_setting_is_never() -> None:
+async def test_a_purge_that_was_begun_ends_when_the_setting_is_never() -> None:
     place = Place(retention=RETENTION)
 
-    async def begin(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await deleted(store, jobs, place)
         place.keys.down = True
         await jobs.add(jobs.purge, "gone")
-
-    async def go_on(store: Conversations, jobs: Jobs) -> None:
+    place.keys.down = False
+    place.retention = KEEP_ALL
+    async with place.opened() as (store, jobs):
         (job,) = [job for job in await all_jobs(jobs) if job.kind == "purge"]
         failed = await jobs.wait(job.id)
         assert (failed.state, place.keys.destroyed) == ("failed", set())
         assert failed.reason.startswith("retention.deleted_after is never")
 
-    place.run(begin)
-    place.keys.down = False
-    place.retention = KEEP_ALL
-    place.run(go_on)
 
-
-def test_backups_of_rotations_that_are_done_are_removed_by_age() -> None:
+async def test_backups_of_rotations_that_are_done_are_removed_by_age() -> None:
     place = Place(retention=RETENTION)
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await write(store, 3)
         done = await jobs.wait((await jobs.rotation.rotate("t")).id)
         place.clock.now += 3 * DAY_NS
@@ -434,5 +418,3 @@ def test_backups_of_rotations_that_are_done_are_removed_by_age() -> None:
             place.clock.now += days * DAY_NS
             await rows_of(jobs).begin()
             assert (await jobs.table.get(done.id)).backups == len(backups_of(store, done)) == kept
-
-    place.run(body)

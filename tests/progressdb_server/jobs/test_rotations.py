@@ -9,9 +9,7 @@ import pytest
 from minikms import api
 from minikms.api.errors import KmsRefusedError, KmsUnavailableError, refusal
 from minikms.client import ReencryptItem
-from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs import runner
-from progressdb_server.jobs.service import Jobs
 from progressdb_server.jobs.states import JobConflictError
 from progressdb_server.store import keyspace
 from progressdb_server.store.check import Checker
@@ -139,30 +137,26 @@ async def test_a_pause_stops_the_work_and_a_resume_goes_on_where_it_was() -> Non
             await check(store, place.keys, messages)
 
 
-def test_a_paused_job_stays_paused_over_a_restart_and_others_go_on() -> None:
+async def test_a_paused_job_stays_paused_over_a_restart_and_others_go_on() -> None:
     place = Place()
     ids: list[str] = []
 
-    async def before(store: Conversations, jobs: Jobs) -> None:
-        for thread in ("t", "u"):
-            await write(store, 20, thread)
-            gate = Gate(place.keys, 1)
-            ids.append((await jobs.rotation.rotate(thread)).id)
-            await gate.reached.wait()
-        await jobs.pause(ids[0])
-
-    async def after(store: Conversations, jobs: Jobs) -> None:
-        assert (await jobs.wait(ids[1])).state == "done"
-        assert (await jobs.table.get(ids[0])).state == "paused"
-        await jobs.resume(ids[0])
-        assert (await jobs.wait(ids[0])).state == "done"
-        for thread in ("t", "u"):
-            await check(store, place.keys, await messages_of(store, thread), thread)
-
     with chunks_of(8):
-        place.run(before)
+        async with place.opened() as (store, jobs):
+            for thread in ("t", "u"):
+                await write(store, 20, thread)
+                gate = Gate(place.keys, 1)
+                ids.append((await jobs.rotation.rotate(thread)).id)
+                await gate.reached.wait()
+            await jobs.pause(ids[0])
         del place.keys.reencrypt_batch  # the gates
-        place.run(after)
+        async with place.opened() as (store, jobs):
+            assert (await jobs.wait(ids[1])).state == "done"
+            assert (await jobs.table.get(ids[0])).state == "paused"
+            await jobs.resume(ids[0])
+            assert (await jobs.wait(ids[0])).state == "done"
+            for thread in ("t", "u"):
+                await check(store, place.keys, await messages_of(store, thread), thread)
 
 
 async def test_restored_backups_open_and_the_next_rotation_moves_them_again() -> None:

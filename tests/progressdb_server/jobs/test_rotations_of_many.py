@@ -60,19 +60,18 @@ def test_a_walk_rotates_every_thread_and_queues_a_few_at_a_time() -> None:
     place.run(body)
 
 
-def test_a_walk_that_was_interrupted_goes_on_and_repeats_nothing() -> None:
+async def test_a_walk_that_was_interrupted_goes_on_and_repeats_nothing() -> None:
     place = Place()
 
-    async def begin(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await filled(store)
         await jobs.many.rotate(Due())
-
-    async def go_on(store: Conversations, jobs: Jobs) -> None:
-        count = place.keys.calls["check_batch"]
-        while place.keys.calls["check_batch"] < count + 2 and (await all_jobs(jobs))[0].unfinished:
-            await asyncio.sleep(0)
-
-    async def end(store: Conversations, jobs: Jobs) -> None:
+    for _ in range(3):
+        async with place.opened() as (store, jobs):
+            count = place.keys.calls["check_batch"]
+            while place.keys.calls["check_batch"] < count + 2 and (await all_jobs(jobs))[0].unfinished:
+                await asyncio.sleep(0)
+    async with place.opened() as (store, jobs):
         walk, *rotations = await all_jobs(jobs)
         assert len(rotations) < len(THREADS), "it was interrupted"
         again = await jobs.many.rotate(Due())
@@ -82,16 +81,11 @@ def test_a_walk_that_was_interrupted_goes_on_and_repeats_nothing() -> None:
         assert Counter(job.thread for job in rotations) == dict.fromkeys(THREADS, 1)
         assert {(job.trigger, job.state) for job in rotations} == {(walk.id, "done")}
 
-    place.run(begin)
-    for _ in range(3):
-        place.run(go_on)
-    place.run(end)
 
-
-def test_a_walk_that_failed_tries_only_the_failed_threads_again() -> None:
+async def test_a_walk_that_failed_tries_only_the_failed_threads_again() -> None:
     place = Place()
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await filled(store)
         gate = Gate(place.keys, 0)
         paused = await jobs.rotation.rotate(THREADS[0])
@@ -107,13 +101,11 @@ def test_a_walk_that_failed_tries_only_the_failed_threads_again() -> None:
         assert (done.state, done.done, done.failed) == ("done", 12, 0)
         assert Counter(job.thread for job in await all_jobs(jobs) if job.trigger == done.id) == Counter(THREADS)
 
-    place.run(body)
 
-
-def test_another_walk_is_refused_while_one_is_unfinished() -> None:
+async def test_another_walk_is_refused_while_one_is_unfinished() -> None:
     place = Place()
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await filled(store)
         walk = await jobs.many.rotate(Due())
         assert (await jobs.pause(walk.id)).state == "paused"
@@ -123,24 +115,20 @@ def test_another_walk_is_refused_while_one_is_unfinished() -> None:
         await jobs.cancel(walk.id)
         assert (await jobs.many.rotate(Due(age_s=1))).id != walk.id
 
-    place.run(body)
-
 
 @pytest.mark.parametrize(
     ("due", "rotated"), [(Due(age_s=90 * 86_400), THREADS[:3]), (Due(kek_version=1), THREADS), (Due(kek_version=7), [])]
 )
-def test_a_walk_over_keys_rotates_those_that_are_due(due: Due, rotated: list[str]) -> None:
+async def test_a_walk_over_keys_rotates_those_that_are_due(due: Due, rotated: list[str]) -> None:
     place = Place(clock=TickingClock(now=1_790_000_000_000_000_000))
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (store, jobs):
         await filled(store)
         place.keys.created_at = {mapped(store, thread): "2026-06-01T00:00:00Z" for thread in THREADS[:3]}
         place.keys.born = "2026-09-20T00:00:00Z"
         walk = await jobs.wait((await jobs.many.rotate(due)).id)
         assert (walk.state, walk.done) == ("done", len(rotated))
         assert [job.thread for job in (await all_jobs(jobs))[1:]] == rotated
-
-    place.run(body)
 
 
 def test_a_rotation_costs_as_many_calls_among_many_threads_as_among_few() -> None:
@@ -160,15 +148,14 @@ def test_a_rotation_costs_as_many_calls_among_many_threads_as_among_few() -> Non
     assert {verb: number * 20 for verb, number in few.items()} == many
 
 
-def test_a_walk_that_may_not_list_keys_fails_with_the_reason() -> None:
+async def test_a_walk_that_may_not_list_keys_fails_with_the_reason() -> None:
     place = Place()
 
-    async def body(store: Conversations, jobs: Jobs) -> None:
+    async with place.opened() as (_store, jobs):
+
         async def listed(*given: object, **named: object) -> api.KeyListAnswer:
             raise refusal("forbidden", "not you")
 
         place.keys.list_keys = listed  # type: ignore[method-assign]  # the policy
         walk = await jobs.wait((await jobs.many.rotate(Due(age_s=1))).id)
         assert (walk.state, walk.reason) == ("failed", "the key service refused (forbidden)")
-
-    place.run(body)
