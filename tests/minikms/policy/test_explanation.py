@@ -127,7 +127,7 @@ def test_an_allowed_request_names_grant_limits_and_who_would_decide_next() -> No
     )
 
 
-def test_an_allowed_request_of_no_thread_names_the_threads_of_a_role_that_has_some() -> None:
+def test_an_allowed_request_of_no_thread_names_the_threads() -> None:
     assert "in the threads chat-*" in explained("uid:1000", "decrypt", None).why
     assert "in the thread" not in explained("uid:0", "rotate", None).why
 
