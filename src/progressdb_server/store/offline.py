@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Final, NamedTuple, Protocol
 
 from progressdb_server.store import keyspace
-from progressdb_server.store.engine import EngineBusyError, OrderedMap, Reads, pages
+from progressdb_server.store.engine import SCAN_ENTRIES_MAX, EngineBusyError, OrderedMap, Reads, pages
 from progressdb_server.store.local import LocalReads
 
 WALK_BYTES_MAX: Final = 8 * 1024 * 1024
@@ -57,7 +57,7 @@ class Entries(View, Protocol):
 
 class LocalView(LocalReads):
     def walk(self) -> AsyncIterator[list[tuple[bytes, bytes]]]:
-        return pages(self, b"", keyspace.END, bytes_max=WALK_BYTES_MAX)
+        return pages(self, b"", keyspace.END, limit=SCAN_ENTRIES_MAX, bytes_max=WALK_BYTES_MAX)
 
     async def heads(self) -> AsyncIterator[list[ThreadTail]]:
         none: tuple[list[ThreadTail], ...] = ()

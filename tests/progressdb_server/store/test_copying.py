@@ -26,8 +26,8 @@ MESSAGES = 12
 
 @pytest.fixture(autouse=True)
 def small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offline, "WALK_BYTES_MAX", 300)
-    monkeypatch.setattr(postgres_offline, "SCAN_ENTRIES_MAX", 10)
+    for module in (offline, postgres_offline):
+        monkeypatch.setattr(module, "SCAN_ENTRIES_MAX", 10)
 
 
 async def made(path: str, provider: SealingProvider | None = None) -> None:
