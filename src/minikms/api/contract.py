@@ -12,6 +12,10 @@ ROOT_BODY_BYTES_MAX: Final = 4096
 """The body of a request to `/unseal` or `/roots`: twice the size of the largest, which names a set of 16 shares."""
 HEAD_BYTES_MAX: Final = 16 * 1024
 HEADERS_COUNT_MAX: Final = 64
+STREAM_LABEL: Final = b"minikms/stream/v1\0"
+"""The label of the associated data of a stream, which clients encrypt (docs/spec/stream.md)."""
+STREAM_THREAD: Final = "minikms.files"
+"""The thread of the key of a stream for which none is chosen."""
 BATCH_ITEMS_MAX: Final = 1024
 CONNECTIONS_MAX: Final = 2048
 PIPELINED_REQUESTS_MAX: Final = 64

@@ -1,9 +1,8 @@
 """`minikms encrypt` and `minikms decrypt`: files and pipes of any size.
 
-Owns: input, output, and the choice of the key; the format is `minikms.crypto.stream`. Invariants: each stream has a
-data key of its own, made by the daemon, and the copy of it here is zeroed at the end (the client's answer is another
-object, see docs/threat-model.md); a file gets its name only after the whole stream was processed; nothing is
-overwritten without `--force`; a failure after bytes went to a pipe shows in the exit status.
+Owns: input and output; `Client.encrypt_stream` does the rest. Invariants: a file gets its name only after the whole
+stream was processed; nothing is overwritten without `--force`; a failure after bytes went to a pipe shows in the exit
+status.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import contextlib
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO, Final
@@ -25,11 +24,8 @@ from minikms.commands.usage import EXIT_FAILED, CommandError, PathText
 from minikms.platform.sync import sync_file
 
 if TYPE_CHECKING:
-    from minikms.client import Client
+    from minikms.client.streams import StreamCopy, StreamSource
 
-DATA_KEY_OWNER: Final = "minikms.files"
-"""The thread id of the key of purpose `data` that is made when none is chosen."""
-READ_BYTES: Final = 64 * 1024
 SUFFIX: Final = ".kms"
 
 Source = Annotated[
@@ -67,8 +63,6 @@ def encrypt(
         minikms encrypt note
         tar c documents | minikms encrypt > documents.tar.kms
     """
-    from minikms.crypto.stream import WRAP_AAD, StreamHeader, seal_stream
-
     place = output or ("-" if source == "-" else source + SUFFIX)
     _check_usage(source, place, json=json, command="encrypt")
     with (
@@ -76,15 +70,8 @@ def encrypt(
         _reading(source) as reading,
         _writing(place, output, force=force) as writing,
     ):
-        key_id = key or _data_key_owner(kms)
-        made = kms.generate_data_key(key_id, aad=WRAP_AAD)
-        if not isinstance(made.plaintext, bytes):
-            raise CommandError("the daemon gave no data key", EXIT_FAILED)
-        with _zeroed(made.plaintext) as data_key:
-            header = StreamHeader(key_id, made.ciphertext)
-            size = _copy(seal_stream(data_key, header, _parts(reading, source)), writing)
-    if json:
-        print_json({"output": os.path.abspath(place), "bytes": size, "key_id": key_id})
+        copied = kms.encrypt_stream(reading, writing, key_id=key)
+    _print_result(place, copied, json=json)
 
 
 def decrypt(
@@ -101,17 +88,16 @@ def decrypt(
     the output is complete only if the exit status is 0. Exit status: 0 done, 1 the input was altered or cut short, or
     its key was refused, 2 something is missing.
     """
-    from minikms.crypto.stream import WRAP_AAD, open_stream, split_header
-
     place = output or ("-" if source.startswith("-") else _without_suffix(source))
     _check_usage(source, place, json=json, command="decrypt")
-    with daemon.client() as kms, _reading(source) as reading:
-        header, rest = split_header(_parts(reading, source))
-        opened = kms.decrypt(header.key_id, header.wrapped_key, aad=WRAP_AAD)
-        with _zeroed(opened) as data_key, _writing(place, output, force=force) as writing:
-            size = _copy(open_stream(data_key, header, rest), writing)
+    with daemon.client() as kms, _reading(source) as reading, _writing(place, output, force=force) as writing:
+        copied = kms.decrypt_stream(reading, writing)
+    _print_result(place, copied, json=json)
+
+
+def _print_result(place: str, copied: StreamCopy, *, json: bool) -> None:
     if json:
-        print_json({"output": os.path.abspath(place), "bytes": size, "key_id": header.key_id})
+        print_json({"output": os.path.abspath(place), "bytes": copied.size, "key_id": copied.key_id})
 
 
 def _check_usage(source: str, place: str, *, json: bool, command: str) -> None:
@@ -130,39 +116,39 @@ def _without_suffix(source: str) -> str:
     return source[: -len(SUFFIX)]
 
 
-def _data_key_owner(kms: Client) -> str:
-    """The newest active key of DATA_KEY_OWNER; a new one at the first use."""
-    newest, cursor = "", None
-    while True:
-        answer = kms.list_keys(thread_id=DATA_KEY_OWNER, state="active", cursor=cursor)
-        newest = max([newest, *(key.key_id for key in answer.keys if key.purpose == "data")])
-        cursor = answer.next_cursor
-        if cursor is None:
-            return newest or kms.create_dek_for_thread(DATA_KEY_OWNER, purpose="data").key_id
-
-
 @contextmanager
-def _zeroed(key: bytes) -> Iterator[memoryview]:
-    """A view of a copy of the key, zeroed at the end."""
-    copy = bytearray(key)
-    view = memoryview(copy)
-    try:
-        yield view
-    finally:
-        view[:] = bytes(len(copy))
-
-
-@contextmanager
-def _reading(source: str) -> Iterator[BinaryIO]:
+def _reading(source: str) -> Iterator[StreamSource]:
+    """The source; a regular file with a progress bar, if standard error is a terminal. Raises CommandError."""
     if source == "-":
         if sys.stdin.isatty():
             raise CommandError("name a file, or pipe something in")
-        yield sys.stdin.buffer
+        with _progress(sys.stdin.buffer, source) as reading:
+            yield reading
         return
     if os.path.isdir(source):
         raise CommandError(f"{source} is a directory; pack it first: tar c {source} | minikms encrypt")
-    with _explained(source), open(source, "rb") as file:
-        yield file
+    with _explained(source), open(source, "rb") as file, _progress(file, source) as reading:
+        yield reading
+
+
+@contextmanager
+def _progress(file: BinaryIO, source: str) -> Iterator[StreamSource]:
+    status = os.fstat(file.fileno())
+    with progress_bar(Path(source).name, shown=stat.S_ISREG(status.st_mode), in_bytes=True) as report:
+        yield _Reported(file, lambda done: report(done, status.st_size))
+
+
+class _Reported:
+    """A file that reports how many bytes were read."""
+
+    def __init__(self, file: BinaryIO, report: Callable[[int], None]) -> None:
+        self._file, self._report, self._done = file, report, 0
+
+    def read(self, size: int, /) -> bytes:
+        part = self._file.read(size)
+        self._done += len(part)
+        self._report(self._done)
+        return part
 
 
 @contextmanager
@@ -208,22 +194,3 @@ def _writing(place: str, given: str | None, *, force: bool) -> Iterator[BinaryIO
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-
-def _parts(file: BinaryIO, source: str) -> Iterator[bytes]:
-    """The file, part by part; with a progress bar if it is a regular file and standard error is a terminal."""
-    status = os.fstat(file.fileno())
-    done = 0
-    with progress_bar(Path(source).name, shown=stat.S_ISREG(status.st_mode), in_bytes=True) as progress:
-        while part := file.read(READ_BYTES):
-            yield part
-            done += len(part)
-            progress(done, status.st_size)
-
-
-def _copy(parts: Iterable[bytes], writing: BinaryIO) -> int:
-    """The number of bytes that were written."""
-    size = 0
-    for part in parts:
-        size += writing.write(part)
-    return size

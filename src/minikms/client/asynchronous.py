@@ -9,11 +9,12 @@ must never use a connection that is in doubt.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from minikms import api
 from minikms.api import Verb
@@ -26,6 +27,9 @@ from minikms.client.connecting import POOL_IDLE_S_MAX
 from minikms.client.connection import ClientConnection
 from minikms.client.items import Batch, DecryptItem, EncryptItem, Outcome
 from minikms.client.verbs import AsyncRunner, Many, One, Verbs, ciphertext_of, plaintext_of
+
+if TYPE_CHECKING:
+    from minikms.client.streams import StreamCopy, StreamSource, StreamTarget
 
 A = TypeVar("A")
 T = TypeVar("T")
@@ -81,6 +85,26 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+    async def encrypt_stream(
+        self, source: StreamSource, target: StreamTarget, *, key_id: str | None = None
+    ) -> StreamCopy:
+        """`Client.encrypt_stream` in a thread. A cancelled call ends after the part at hand."""
+        from minikms.client import streams
+
+        key_id = key_id or (await self.get_or_create_dek_for_thread(api.STREAM_THREAD, purpose="data")).key_id
+        answer = await self.generate_data_key(key_id, aad=streams.WRAP_AAD)
+        stop = threading.Event()
+        return await streams.in_thread(stop, streams.seal_to, target, key_id, answer, streams.parts(source, stop))
+
+    async def decrypt_stream(self, source: StreamSource, target: StreamTarget) -> StreamCopy:
+        """`Client.decrypt_stream` in a thread. A cancelled call ends after the part at hand."""
+        from minikms.client import streams
+
+        stop = threading.Event()
+        header, rest = await streams.in_thread(stop, streams.split_header, streams.parts(source, stop))
+        data_key = await self.decrypt(header.key_id, header.wrapped_key, aad=streams.WRAP_AAD)
+        return await streams.in_thread(stop, streams.open_to, target, header, data_key, rest)
 
     async def close(self) -> None:
         """Fails every open call and closes the connections. May be repeated."""

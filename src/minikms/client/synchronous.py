@@ -16,14 +16,18 @@ import threading
 import time
 import weakref
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar, cast
 
+from minikms import api
 from minikms.api.errors import KmsClosedError, KmsError, KmsTimeoutError
 from minikms.client.base import POOL_CONNECTIONS_MAX, BaseClient
 from minikms.client.calls import Attempts, Call, check_proxied
 from minikms.client.connecting import POOL_IDLE_S_MAX, Endpoint
 from minikms.client.verbs import BlockingRunner, ClientOperation, Many, One, Verbs
 from minikms.client.wire import Answer, AnswerParser, request_head
+
+if TYPE_CHECKING:
+    from minikms.client.streams import StreamCopy, StreamSource, StreamTarget
 
 T = TypeVar("T")
 
@@ -64,6 +68,28 @@ class Client(BaseClient, Verbs, BlockingRunner):
             idle, self._idle = self._idle, []
         for _since_s, sock, _endpoint in idle:
             sock.close()
+
+    def encrypt_stream(self, source: StreamSource, target: StreamTarget, *, key_id: str | None = None) -> StreamCopy:
+        """Encrypts all of `source` to `target`, any number of bytes, in the format of `minikms encrypt`.
+
+        `key_id` is a key of purpose `data`; default: the newest one of the thread `STREAM_THREAD`, made at first use.
+        If it raises, the target is no stream. Needs the library `cryptography`, of the extra `daemon`.
+        """
+        from minikms.client import streams
+
+        key_id = key_id or self.get_or_create_dek_for_thread(api.STREAM_THREAD, purpose="data").key_id
+        answer = self.generate_data_key(key_id, aad=streams.WRAP_AAD)
+        return streams.seal_to(target, key_id, answer, streams.parts(source))
+
+    def decrypt_stream(self, source: StreamSource, target: StreamTarget) -> StreamCopy:
+        """Decrypts a stream of `encrypt_stream`. What it has written is whole only if it returns: raises
+        DecryptionError for one that was altered or truncated, after authentic parts of it were written.
+        """
+        from minikms.client import streams
+
+        header, rest = streams.split_header(streams.parts(source))
+        data_key = self.decrypt(header.key_id, header.wrapped_key, aad=streams.WRAP_AAD)
+        return streams.open_to(target, header, data_key, rest)
 
     def _begin_in_child(self) -> None:
         """After a fork: closes the kept connections, which are the parent's. If both processes used one, each would

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from minikms.api import contract
+
 ALGORITHM: Final = "XAES-256-GCM"
 RECORD_FORMAT: Final = 1
 
@@ -34,7 +36,7 @@ DEK: Final = b"minikms/dek/v1\0"
 DEK_NUMBERED: Final = b"minikms/dek/v2\0"
 RECORD: Final = b"minikms/record/v1\0"
 MAC: Final = b"minikms/mac/v1\0"
-STREAM: Final = b"minikms/stream/v1\0"
+STREAM: Final = contract.STREAM_LABEL
 ARCHIVE_SLOT: Final = b"minikms/archive-slot/v1\0"
 REPLICA_ENTRY: Final = b"minikms/replica-entry/v1\0"
 REPLICA_STATE: Final = b"minikms/replica-state/v1\0"

@@ -149,7 +149,7 @@ def test_every_verb_goes_to_its_place(use: Use) -> None:
             [result] = use(server.path, call)
             assert not isinstance(result, Exception), result
             assert server.requests[0].startswith(line)
-    others = {"address", "addresses", "close", "on_exchange", "warnings"}
+    others = {"address", "addresses", "close", "decrypt_stream", "encrypt_stream", "on_exchange", "warnings"}
     verbs = {name for name in dir(Client) if not name.startswith("_")} - others
     assert verbs == {call[0] for call, _, _ in exchanges}
     assert verbs == {name for name in dir(AsyncClient) if not name.startswith("_")} - others

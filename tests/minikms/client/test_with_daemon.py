@@ -1,6 +1,8 @@
 """Both clients with the real daemon: every verb does what its docstring says."""
 
 import asyncio
+import io
+import os
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -194,3 +196,59 @@ def test_a_call_in_another_event_loop_is_refused_at_once(daemon_socket: str) -> 
         for call in calls:
             asyncio.run(use(call))
         first.run(client.close())
+
+
+class Trickle:
+    """A raw file: it gives and takes a few bytes at a time."""
+
+    def __init__(self, content: bytes = b"") -> None:
+        self.rest, self.written = content, bytearray()
+
+    def read(self, size: int, /) -> bytes:
+        part, self.rest = self.rest[: min(size, 40_000)], self.rest[40_000:]
+        return part
+
+    def write(self, data: memoryview, /) -> int:
+        self.written += data[:30_000]
+        return min(len(data), 30_000)
+
+
+@pytest.mark.parametrize("size", [0, 1, 200_000])
+def test_a_stream_comes_back_whole_and_a_cut_one_is_refused(kms: Both, size: int) -> None:
+    plaintext, sealed, opened = bytes(range(256)) * 800, Trickle(), Trickle()
+    copied = kms.encrypt_stream(Trickle(plaintext[:size]), sealed)
+    assert copied.key_id == kms.get_or_create_dek_for_thread(api.STREAM_THREAD, purpose="data").key_id
+    assert copied.size == len(sealed.written) > size
+    assert kms.decrypt_stream(Trickle(bytes(sealed.written)), opened) == (copied.key_id, size)
+    assert bytes(opened.written) == plaintext[:size]
+    with pytest.raises(errors.DecryptionError):
+        kms.decrypt_stream(Trickle(bytes(sealed.written[:-1])), Trickle())
+
+
+def test_a_source_that_has_nothing_yet_is_no_end(kms: Both) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with open(reading, "rb", buffering=0) as source, open(writing, "wb") as other:
+        other.write(b"the first part")
+        other.flush()
+        with pytest.raises(BlockingIOError):
+            kms.encrypt_stream(source, Trickle())
+
+
+async def test_a_cancelled_stream_is_never_a_whole_one(daemon_socket: str) -> None:
+    reading, writing = os.pipe()
+    target = io.BytesIO()
+    async with AsyncClient(daemon_socket) as kms:
+        with open(reading, "rb", buffering=0) as source, open(writing, "wb", buffering=0) as other:
+            other.write(b"the first part")
+            call = asyncio.create_task(kms.encrypt_stream(source, target))
+            while not target.tell():  # the header: the thread waits for more to read
+                await asyncio.sleep(0.01)
+            call.cancel()
+            await asyncio.sleep(0)
+            other.write(b"the second part")
+            with pytest.raises(asyncio.CancelledError):
+                await call
+        target.seek(0)
+        with pytest.raises(errors.DecryptionError):
+            await kms.decrypt_stream(target, io.BytesIO())

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms.api.errors import DecryptionError, InvalidRequestError, TooLargeError
-from minikms.crypto import labels, stream
-from minikms.crypto.stream import CHUNK_BYTES, StreamHeader, open_stream, seal_stream, split_header
+from minikms.client import streams
+from minikms.client.streams import CHUNK_BYTES, StreamHeader, open_stream, seal_stream, split_header
+from minikms.crypto import labels
 
 PLACE = Path(__file__).parents[2] / "vectors"
 VECTORS: dict[str, Any] = json.loads((PLACE / "stream.json").read_text("ascii"))
@@ -168,7 +169,7 @@ def test_chunks_before_an_altered_chunk_are_authentic() -> None:
 
 def test_a_stream_has_a_bounded_number_of_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     header, chunks = sealed_chunks(3 * CHUNK_BYTES)
-    monkeypatch.setattr(stream, "CHUNKS_COUNT_MAX", 2)
+    monkeypatch.setattr(streams, "CHUNKS_COUNT_MAX", 2)
     with pytest.raises(TooLargeError):
         list(seal_stream(KEY, HEADER, [bytes(3 * CHUNK_BYTES)]))
     with pytest.raises(TooLargeError):
