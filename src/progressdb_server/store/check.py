@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Sequence
 from typing import Final, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -108,26 +108,31 @@ class Checker:
         self.counts: Counter[str] = Counter()
         self._newest = Stamp(0, 0)
         """The highest stamp of a record. A later record must get a higher one."""
+        self._judges = {
+            keyspace.THREAD: self._judge_record,
+            keyspace.VERSION: self._judge_version,
+            keyspace.ORDER: self._judge_order,
+            keyspace.INDEX: self._judge_thread_index,
+            keyspace.MAP: self._judge_map,
+            keyspace.IDEMPOTENCY: self._judge_retry,
+            keyspace.JOBS: self._judge_job,
+        }
+        """The rules of each space; the order index is looked for before other indexes."""
 
     async def run(self) -> AsyncIterator[Problem]:
         async for page in self._view.walk():
             for start in range(0, len(page), CHUNK_ENTRIES):
-                sealed: list[tuple[bytes, bytes]] = []
-                for finding in await self._judge_all(page[start : start + CHUNK_ENTRIES], sealed):
+                chunk = page[start : start + CHUNK_ENTRIES]
+                for finding in await self._judge_all(chunk) + await self._open(chunk):
                     yield finding
-                for finding in await self._open(sealed):
-                    yield finding
-        async for finding in self._judge_heads():
-            yield finding
-        async for finding in self._judge_counters():
-            yield finding
+        for judge in (self._judge_heads, self._judge_counters):
+            async for finding in judge():
+                yield finding
 
-    async def _judge_all(
-        self, chunk: Sequence[tuple[bytes, bytes]], sealed: list[tuple[bytes, bytes]]
-    ) -> list[Problem]:
+    async def _judge_all(self, chunk: Sequence[tuple[bytes, bytes]]) -> list[Problem]:
         """The rules of all entries side by side, so that a round trip answers what they look up at a time."""
         findings: list[list[Problem]] = [[] for _ in chunk]
-        begun = [self._collect(*entry, sealed, into) for entry, into in zip(chunk, findings, strict=True)]
+        begun = [self._collect(*entry, into) for entry, into in zip(chunk, findings, strict=True)]
         ready: dict[Coroutine[_Lookup, bytes | None, None], _Answer] = dict.fromkeys(begun)
         waiting: dict[Coroutine[_Lookup, bytes | None, None], _Lookup] = {}
         try:
@@ -172,37 +177,16 @@ class Checker:
             keys = keys[: keys.index(next(reversed(values))) + 1]
         return answers | {_Lookup(key): values.get(key) for key in keys}
 
-    async def _collect(
-        self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]], findings: list[Problem]
-    ) -> None:
+    async def _collect(self, key: bytes, value: bytes, findings: list[Problem]) -> None:
         with contextlib.suppress(StoreDamagedError):
-            async for finding in self._judge(key, value, sealed):
+            async for finding in self._judge(key, value):
                 findings.append(finding)
 
-    async def _judge(self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]) -> AsyncIterator[Problem]:
+    async def _judge(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+        judge = next((judge for space, judge in self._judges.items() if key.startswith(space)), None)
         try:
-            if key.startswith(keyspace.THREAD):
-                async for finding in self._judge_record(key, value, sealed):
-                    yield finding
-            elif key.startswith(keyspace.VERSION):
-                async for finding in self._judge_version(key, value):
-                    yield finding
-            elif key.startswith(keyspace.ORDER):
-                async for finding in self._judge_order(key, value):
-                    yield finding
-            elif key.startswith(keyspace.INDEX):
-                async for finding in self._judge_thread_index(key, value):
-                    yield finding
-            elif key.startswith(keyspace.MAP):
-                async for finding in self._judge_map(key, value):
-                    yield finding
-            elif key.startswith(keyspace.IDEMPOTENCY):
-                self.counts["idempotency"] += 1
-                for finding in _judge_retry(key, value):
-                    yield finding
-            elif key.startswith(keyspace.JOBS):
-                self.counts["other"] += 1
-                for finding in self._judge_job(key, value):
+            if judge is not None:
+                async for finding in judge(key, value):
                     yield finding
             elif key.startswith(_OTHER_SPACES):
                 self.counts["other"] += 1
@@ -213,7 +197,15 @@ class Checker:
         except (*UNDECODABLE, record.RecordFormatError) as error:
             yield Problem("damaged", _shown(key), str(error))
 
-    def _judge_job(self, key: bytes, value: bytes) -> Iterator[Problem]:
+    async def _judge_retry(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+        self.counts["idempotency"] += 1
+        try:
+            IdempotencyRecord.parse(key, value)
+        except RecordUnreadableError:
+            yield Problem("damaged", _shown(key), "a retried create is refused by it", ((key, None),))
+
+    async def _judge_job(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+        self.counts["other"] += 1
         try:
             if self._parse_job is not None:
                 self._parse_job(_shown(key[len(keyspace.JOBS) :]), value)
@@ -221,24 +213,19 @@ class Checker:
             yield Problem("damaged", _shown(key), f"{error}: {JOB_DAMAGED}")
 
     # --- records --------------------------------------------------------------------------------------------------
-    async def _judge_record(
-        self, key: bytes, value: bytes, sealed: list[tuple[bytes, bytes]]
-    ) -> AsyncIterator[Problem]:
-        parts = key.split(b":")
-        if len(parts) == 3 and parts[2] == b"meta":
-            self.counts["threads"] += 1
-            sealed.append((key, value))
-            async for finding in self._judge_meta(key, value, keyspace.unpart(parts[1])):
-                yield finding
-        elif len(parts) == 4 and parts[2] == b"msg":
-            self.counts["messages"] += 1
-            sealed.append((key, value))
-            async for finding in self._judge_message(
-                key, value, keyspace.unpart(parts[1]), Stamp.parse(parts[3].decode())
-            ):
-                yield finding
-        else:
-            yield Problem("unknown", _shown(key), "the key is no record's")
+    async def _judge_record(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+        match key.split(b":"):
+            case [_, thread, b"meta"]:
+                self.counts["threads"] += 1
+                problems = self._judge_meta(key, value, keyspace.unpart(thread))
+            case [_, thread, b"msg", stamp]:
+                self.counts["messages"] += 1
+                problems = self._judge_message(key, value, keyspace.unpart(thread), Stamp.parse(stamp.decode()))
+            case _:
+                yield Problem("unknown", _shown(key), "the key is no record's")
+                return
+        async for problem in problems:
+            yield problem
 
     async def _judge_meta(self, key: bytes, value: bytes, thread: str) -> AsyncIterator[Problem]:
         header, _ = record.unpack_thread(value)
@@ -302,11 +289,11 @@ class Checker:
             if await _Lookup(index) != expected:
                 yield Problem("unindexed", _shown(key), f"{_shown(index)} does not lead to it", ((index, expected),))
 
-    async def _open(self, sealed: list[tuple[bytes, bytes]]) -> list[Problem]:
-        """Decrypt what was collected; what no longer parses was reported before."""
+    async def _open(self, chunk: Sequence[tuple[bytes, bytes]]) -> list[Problem]:
+        """Decrypts the records among the entries; what can't be parsed was reported before."""
         if self._provider is None:
             return []
-        records = _items(sealed)
+        records = _items(chunk)
         wanted = [item for item, _ in records]
         with contextlib.suppress(StoreDamagedError):
             wanted += await self._key_probes(wanted)
@@ -509,7 +496,7 @@ async def _proved(provider: Provider | None, seen: Sequence[tuple[bytes, bytes]]
         return []
     proved: list[tuple[bytes, bytes]] = []
     for start in range(0, len(seen), CHUNK_ENTRIES):
-        records = _items([entry for entry in seen[start : start + CHUNK_ENTRIES] if _is_record(entry[0])])
+        records = _items(seen[start : start + CHUNK_ENTRIES])
         answers = await _decrypted(provider, [item for item, _ in records])
         proved += [
             (item.aad, raw)
@@ -537,10 +524,12 @@ def _is_record(key: bytes) -> bool:
     return keyspace.is_version(key) or (key.startswith(keyspace.THREAD) and key.endswith(b":meta"))
 
 
-def _items(sealed: Sequence[tuple[bytes, bytes]]) -> list[tuple[DecryptItem, bytes]]:
-    """What opens the records, beside each record. Without those that are none."""
+def _items(entries: Sequence[tuple[bytes, bytes]]) -> list[tuple[DecryptItem, bytes]]:
+    """What opens the records among the entries, beside each record that is well formed."""
     items: list[tuple[DecryptItem, bytes]] = []
-    for key, raw in sealed:
+    for key, raw in entries:
+        if not _is_record(key):
+            continue
         with contextlib.suppress(record.RecordFormatError, ValueError):
             key_id, ciphertext = record.unpack_sealed(raw)
             thread = keyspace.unpart(key.split(b":")[1])
@@ -556,13 +545,6 @@ async def _decrypted(provider: Provider, items: Sequence[DecryptItem]) -> list[b
     if any(isinstance(answer, KmsRefusedError) and answer.code == api.CODE_FORBIDDEN for answer in answers):
         raise StoreUnavailableError(MAY_NOT_DECRYPT)
     return answers
-
-
-def _judge_retry(key: bytes, value: bytes) -> Iterator[Problem]:
-    try:
-        IdempotencyRecord.parse(key, value)
-    except RecordUnreadableError:
-        yield Problem("damaged", _shown(key), "a retried create is refused by it", ((key, None),))
 
 
 def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError) -> Problem | None:
