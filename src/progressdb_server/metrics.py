@@ -104,13 +104,12 @@ class StoreMetrics(Collector):
         cache.add_metric(["hit"], self.cache_hits)
         cache.add_metric(["miss"], self.cache_misses)
         yield cache
-        yield CounterMetricFamily("progressdb_store_failures", "Groups that the disk refused.", value=self.failures)
-        yield CounterMetricFamily(
-            "progressdb_store_keys_renewed", "New keys of threads whose key only decrypts.", value=self.keys_renewed
-        )
-        yield CounterMetricFamily(
-            "progressdb_store_key_waits", "Writes that waited for a thread's key to be switched.", value=self.key_waits
-        )
+        for name, help_text, count in (
+            ("progressdb_store_failures", "Groups that the disk refused.", self.failures),
+            ("progressdb_store_keys_renewed", "New keys of threads whose key only decrypts.", self.keys_renewed),
+            ("progressdb_store_key_waits", "Writes that waited for a thread's key to be switched.", self.key_waits),
+        ):
+            yield CounterMetricFamily(name, help_text, value=count)
         for name, (help_text, read) in self.gauges.items():
             yield GaugeMetricFamily(name, help_text, value=_read(read))
 
@@ -193,18 +192,13 @@ class KmsMetrics(Collector):
             failures.add_metric([name], verb.failures)
         yield latency
         yield failures
-        yield GaugeMetricFamily(
-            "progressdb_kms_up", "1 when the key service said the last time that it serves.", value=self._up
-        )
-        yield GaugeMetricFamily(
-            "progressdb_kms_sealed", "1 when the key service said the last time that it is sealed.", value=self._sealed
-        )
-        yield GaugeMetricFamily(
-            "progressdb_kms_exclusive", "1 if only this server makes keys of threads there.", value=self.exclusive
-        )
-        yield GaugeMetricFamily(
-            "progressdb_kms_gateway", "1 if the key service is behind a gateway (kms.url).", value=self.behind_gateway
-        )
+        for name, help_text, is_so in (
+            ("progressdb_kms_up", "1 when the key service said the last time that it serves.", self._up),
+            ("progressdb_kms_sealed", "1 when the key service said the last time that it is sealed.", self._sealed),
+            ("progressdb_kms_exclusive", "1 if only this server makes keys of threads there.", self.exclusive),
+            ("progressdb_kms_gateway", "1 if the key service is behind a gateway (kms.url).", self.behind_gateway),
+        ):
+            yield GaugeMetricFamily(name, help_text, value=is_so)
         serving = GaugeMetricFamily(
             "progressdb_kms_serving", "1 for the address of the key service that serves.", labels=["address"]
         )

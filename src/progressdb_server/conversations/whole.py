@@ -124,31 +124,27 @@ class Conversations:
         self._provider = provider
         self._offset_ns = 0
         self._background: list[asyncio.Task[None]] = []
-        self.metrics.gauges["progressdb_store_queued_writes"] = (
-            "Writes that wait for the next group.",
-            lambda: self.writer.queued,
-        )
         self.clock.on_era = _era_begun
-        self.metrics.gauges["progressdb_store_clock_ahead_seconds"] = (
-            "How far the newest stamp is ahead of the system clock.",
-            lambda: self.clock.ahead_ns / 1_000_000_000,
-        )
-        self.metrics.gauges["progressdb_store_backup_timestamp_seconds"] = (
-            "When the newest registered backup was begun; 0 without one, NaN while that can't be read.",
-            lambda: self.backups.newest_ns / 1_000_000_000,
-        )
-        self.metrics.gauges["progressdb_store_unreadable_records"] = (
-            "Records that could not be read since the start, without those whose key was destroyed.",
-            lambda: len(self.unreadable),
-        )
-        self.metrics.gauges["progressdb_store_damaged_files"] = (
-            "Files of the store in which damage was met since the start.",
-            lambda: len(engine.damaged),
-        )
-        self.metrics.gauges["progressdb_store_available"] = (
-            "1 when the store takes writes.",
-            lambda: self.writer.available,
-        )
+        self.metrics.gauges |= {
+            "progressdb_store_queued_writes": ("Writes that wait for the next group.", lambda: self.writer.queued),
+            "progressdb_store_clock_ahead_seconds": (
+                "How far the newest stamp is ahead of the system clock.",
+                lambda: self.clock.ahead_ns / 1_000_000_000,
+            ),
+            "progressdb_store_backup_timestamp_seconds": (
+                "When the newest registered backup was begun; 0 without one, NaN while that can't be read.",
+                lambda: self.backups.newest_ns / 1_000_000_000,
+            ),
+            "progressdb_store_unreadable_records": (
+                "Records that could not be read since the start, without those whose key was destroyed.",
+                lambda: len(self.unreadable),
+            ),
+            "progressdb_store_damaged_files": (
+                "Files of the store in which damage was met since the start.",
+                lambda: len(engine.damaged),
+            ),
+            "progressdb_store_available": ("1 when the store takes writes.", lambda: self.writer.available),
+        }
 
     async def start(self, *, accept_restore: bool = False) -> None:
         """Ask the key service for its epoch, and begin the background work.

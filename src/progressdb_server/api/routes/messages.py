@@ -299,6 +299,21 @@ _REACTION_LIST: Final = list_of("reactions", texts("id", "reaction"), id=ID)
 
 MESSAGE: Final = "/v1/messages/{message}"
 MESSAGE_IN_THREAD: Final = f"{THREAD_MESSAGES}/{{message}}"
+_create: Final = partial(
+    Operation,
+    "POST",
+    response=ref("Message"),
+    parameters=(IDEMPOTENCY,),
+    errors={400: _NEW_MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID)},
+)
+_CREATE_RAISES: Final = (
+    ThreadDeletedError,
+    NotAMemberError,
+    IdempotencyConflictError,
+    TooManyMembersError,
+    ThreadKeyDestroyedError,
+)
+_list: Final = partial(Operation, "GET", response=_MESSAGE_LIST, other_responses={304: None}, headers=_LIST_HEADERS)
 _update: Final = partial(
     Operation,
     "PUT",
@@ -323,42 +338,20 @@ class MessageHandlers:
     def __init__(self, store: Conversations) -> None:
         self._store = store
 
-    @Operation(
-        "POST",
+    @_create(
         "/v1/messages",
-        response=ref("Message"),
         body=JsonBody(MessageBody, _MESSAGE, ("body",)),
-        parameters=(IDEMPOTENCY,),
-        errors={400: _NEW_MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID)},
-        raises=(
-            InvalidThreadIdError,
-            ThreadDeletedError,
-            NotAMemberError,
-            IdempotencyConflictError,
-            TooManyMembersError,
-            ThreadKeyDestroyedError,
-        ),
+        raises=(InvalidThreadIdError, *_CREATE_RAISES),
     )
     async def create(self, request: ApiRequest) -> ApiResponse:
         """Append a message. It is durable before the response. Without `thread`, or with an unknown thread id, this
         creates the thread. A signed user must be a member of a thread that exists."""
         return await self._create(request, in_thread=False)
 
-    @Operation(
-        "POST",
+    @_create(
         THREAD_MESSAGES,
-        response=ref("Message"),
         body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH}, ("body",)),
-        parameters=(IDEMPOTENCY,),
-        errors={400: _NEW_MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID)},
-        raises=(
-            ThreadDeletedError,
-            NotAMemberError,
-            ThreadNotFoundError,
-            IdempotencyConflictError,
-            TooManyMembersError,
-            ThreadKeyDestroyedError,
-        ),
+        raises=(ThreadNotFoundError, *_CREATE_RAISES),
     )
     def create_in_thread(self, request: ApiRequest) -> Coroutine[Any, Any, ApiResponse]:
         """Append a message to a thread. It is durable before the response. A signed user must be a member."""
@@ -386,12 +379,8 @@ class MessageHandlers:
         )
         return json_response(message)
 
-    @Operation(
-        "GET",
+    @_list(
         "/v1/messages",
-        response=_MESSAGE_LIST,
-        other_responses={304: None},
-        headers=_LIST_HEADERS,
         parameters=(Parameter("thread", ID, "The thread.", required=True), *_PAGE, _HELD),
         errors={400: (THREAD_PARAMETER_MISSING, *_PAGE_ERRORS)},
         raises=(InvalidThreadIdError, *_READER, ThreadNotFoundError, MessageNotFoundError),
@@ -411,12 +400,8 @@ class MessageHandlers:
             raise ThreadNotFoundError
         return await list_of_messages(self._store, request, thread_id, page)
 
-    @Operation(
-        "GET",
+    @_list(
         THREAD_MESSAGES,
-        response=_MESSAGE_LIST,
-        other_responses={304: None},
-        headers=_LIST_HEADERS,
         parameters=(*_PAGE, _HELD),
         errors={400: (AUTHOR_REQUIRED, *_PAGE_ERRORS)},
         raises=(*_READER, ThreadNotFoundError, MessageNotFoundError),
