@@ -10,16 +10,16 @@ what a body holds.
 from __future__ import annotations
 
 import asyncio
-import socket
-import time
 from collections import deque
 from collections.abc import Collection
-from typing import Final, cast
+from functools import partial
+from typing import Final
 
 from minikms import api
-from minikms.api.errors import KmsError, KmsProtocolError, RequestInterruptedError, ShuttingDownError
+from minikms.api.errors import KmsError, KmsUnavailableError, RequestInterruptedError, ShuttingDownError
 from minikms.client.connecting import POOL_IDLE_S_MAX, SocketEndpoint
-from minikms.client.wire import JSON, Answer, AnswerParser
+from minikms.client.connection import ClientConnection
+from minikms.client.wire import JSON, SOCKET_ORIGIN, Answer, request_head
 from minikms.http import HttpRequest, Response
 
 CONNECTIONS_MAX: Final = 512
@@ -29,27 +29,23 @@ WAITING_COUNT_MAX: Final = api.CONNECTIONS_MAX
 clients does not bound them."""
 ANSWER_SECONDS_MAX: Final = 60.0
 SWEEP_SECONDS: Final = 1.0
-_HEAD: Final = b" HTTP/1.1\r\nHost: minikms\r\n"
 _PRINCIPAL: Final = api.PRINCIPAL_HEADER.encode("ascii")
-_REQUEST_ID: Final = api.REQUEST_ID_HEADER.encode("ascii")
+_MSGPACK: Final = api.MSGPACK.encode("ascii")
 
 
 def request_bytes(method: str, target: str, request: HttpRequest, principal: str | None) -> bytes:
     """The request as the key service gets it. `method` and `target` are of this project's own table of verbs, but for
     the id of a key or a query, whose characters the engine has checked.
     """
-    lines = [b"%b %b" % (method.encode("ascii"), target.encode("ascii")), _HEAD]
+    origin = SOCKET_ORIGIN
     if principal is not None:
-        lines.append(b"%b: %b\r\n" % (_PRINCIPAL, principal.encode("ascii")))
-    if request.request_id is not None:
-        lines.append(b"%b: %b\r\n" % (_REQUEST_ID, request.request_id.encode("ascii")))
-    if method == "POST":
-        kind = api.MSGPACK if request.head.content_type.lower() == api.MSGPACK else "application/json"
-        lines.append(b"Content-Type: %b\r\nContent-Length: %d\r\n" % (kind.encode("ascii"), len(request.body)))
-        lines += [b"\r\n", request.body]  # type: ignore[list-item]  # join takes any buffer
-    else:
-        lines.append(b"\r\n")
-    return b"".join(lines)
+        origin += b"%b: %b\r\n" % (_PRINCIPAL, principal.encode("ascii"))
+    if method == "GET":
+        return request_head(target.encode("ascii"), None, request.request_id, origin=origin)
+    kind = _MSGPACK if request.head.content_type.lower() == api.MSGPACK else JSON
+    return b"".join(
+        (request_head(target.encode("ascii"), len(request.body), request.request_id, kind, origin), request.body)
+    )
 
 
 def response_of(answer: Answer) -> bytes | Response:
@@ -70,15 +66,17 @@ class Upstream:
     def __init__(self, path: str, server_uids: Collection[int], loop: asyncio.AbstractEventLoop) -> None:
         self._endpoint = SocketEndpoint(path, server_uids)
         self._loop = loop
-        self._idle: list[_Connection] = []
-        self._all: set[_Connection] = set()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._idle: list[ClientConnection] = []
+        self._busy: dict[ClientConnection, float] = {}
+        """When the request of each was sent, in the loop's time."""
         self._waiting: deque[tuple[bytes, asyncio.Future[bytes | Response]]] = deque()
         self.error = ""
         """Why the last attempt to connect failed; empty after a success."""
 
     @property
     def connections_count(self) -> int:
-        return len(self._all)
+        return len(self._opening) + len(self._idle) + len(self._busy)
 
     @property
     def waiting_count(self) -> int:
@@ -89,158 +87,96 @@ class Upstream:
         if it may have been carried out.
         """
         answer: asyncio.Future[bytes | Response] = self._loop.create_future()
-        connection = self._free()
-        if connection is not None:
-            connection.send(data, answer)
-        elif len(self._all) < CONNECTIONS_MAX:
-            self._open(data, answer)
-        elif len(self._waiting) < WAITING_COUNT_MAX:
-            self._waiting.append((data, answer))
-        else:
-            _fail(answer, ShuttingDownError("too many requests wait for the key service"))
+        if not self._begin(data, answer):
+            if len(self._waiting) < WAITING_COUNT_MAX:
+                self._waiting.append((data, answer))
+            else:
+                answer.set_exception(ShuttingDownError("too many requests wait for the key service"))
         return answer
 
     def sweep(self) -> None:
         """Called every SWEEP_SECONDS: closes connections that are idle or unanswered for too long."""
-        now_s = time.monotonic()
-        for connection in list(self._all):
-            limit_s = POOL_IDLE_S_MAX if connection.is_idle else ANSWER_SECONDS_MAX
-            if now_s - connection.since_s > limit_s:
+        now_s = self._loop.time()
+        for connection in self._idle:
+            if now_s - connection.idle_since_s > POOL_IDLE_S_MAX:
+                connection.close()
+        self._idle = [connection for connection in self._idle if connection.usable]
+        for connection, since_s in self._busy.items():
+            if now_s - since_s > ANSWER_SECONDS_MAX:
                 connection.close()
 
     def close(self) -> None:
-        for connection in list(self._all):
+        for connection in (*self._idle, *self._busy):
             connection.close()
         while self._waiting:
-            _fail(self._waiting.popleft()[1], ShuttingDownError("the gateway is stopping"))
-
-    # --- for connections ----------------------------------------------------------------------------------------
-
-    def freed(self, connection: _Connection) -> None:
-        """A connection was answered, and may carry another request."""
-        if self._waiting and connection.usable:
-            connection.send(*self._waiting.popleft())
-        else:
-            self._idle.append(connection)
-
-    def lost(self, connection: _Connection) -> None:
-        self._all.discard(connection)
-        if connection in self._idle:
-            self._idle.remove(connection)
-        while self._waiting and len(self._all) < CONNECTIONS_MAX:  # each fails at once if the key service is away
-            self._open(*self._waiting.popleft())
+            _, answer = self._waiting.popleft()
+            if not answer.done():
+                answer.set_exception(ShuttingDownError("the gateway is stopping"))
 
     # --- inside -------------------------------------------------------------------------------------------------
 
-    def _free(self) -> _Connection | None:
-        fresh_s = time.monotonic() - POOL_IDLE_S_MAX
+    def _begin(self, data: bytes, answer: asyncio.Future[bytes | Response]) -> bool:
+        """Sends the request on an idle connection or a new one; False if there can't be another one."""
+        fresh_s = self._loop.time() - POOL_IDLE_S_MAX
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable and connection.since_s >= fresh_s:
-                return connection
+            if connection.usable and connection.idle_since_s >= fresh_s:
+                self._send_on(connection, data, answer)
+                return True
             connection.close()
-        return None
+        if self.connections_count >= CONNECTIONS_MAX:
+            return False
+        task = self._loop.create_task(self._open(data, answer))
+        self._opening.add(task)
+        task.add_done_callback(self._opened)
+        return True
 
-    def _open(self, data: bytes, answer: asyncio.Future[bytes | Response]) -> None:
+    async def _open(self, data: bytes, answer: asyncio.Future[bytes | Response]) -> None:
         try:
-            sock = self._endpoint.connect(0)
-        except KmsError as error:
+            connection = await ClientConnection.open(self._endpoint, 0)
+        except (KmsError, OSError) as error:
             self.error = str(error)
-            _fail(answer, ShuttingDownError("the gateway can't reach the key service"))
-            return
-        self.error = ""
-        connection = _Connection(self)
-        self._all.add(connection)
-        connection.opening = (data, answer)
-        task = self._loop.create_task(self._attach(connection, sock))
-        connection.task = task
-
-    async def _attach(self, connection: _Connection, sock: socket.socket) -> None:
-        try:
-            await self._loop.create_unix_connection(lambda: connection, sock=sock)
-        except OSError:
-            sock.close()
-            connection.connection_lost(None)
-
-
-class _Connection(asyncio.Protocol):
-    """One connection. `opening`: the request that it was opened for, until it is attached to the loop."""
-
-    def __init__(self, pool: Upstream) -> None:
-        self._pool = pool
-        self._transport: asyncio.Transport | None = None
-        self._parser = AnswerParser()
-        self._answer: asyncio.Future[bytes | Response] | None = None
-        self.opening: tuple[bytes, asyncio.Future[bytes | Response]] | None = None
-        self.task: asyncio.Task[None] | None = None
-        self.since_s = time.monotonic()
-        """When it was asked, or when it was answered."""
-
-    @property
-    def is_idle(self) -> bool:
-        return self._answer is None and self.opening is None
-
-    @property
-    def usable(self) -> bool:
-        return self._transport is not None and not self._transport.is_closing()
-
-    def send(self, data: bytes, answer: asyncio.Future[bytes | Response]) -> None:
-        self._parser = AnswerParser()
-        self._answer = answer
-        self.since_s = time.monotonic()
-        cast(asyncio.Transport, self._transport).write(data)
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    # --- called by the event loop ---
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        if self.opening is not None:
-            request, self.opening = self.opening, None
-            self.send(*request)
-
-    def data_received(self, data: bytes) -> None:
-        answer = self._answer
-        if answer is None:
-            self.close()
-            return
-        try:
-            answers = self._parser.feed(data)
-        except KmsProtocolError:
-            self.close()
-            return
-        if answers is None:
-            return
-        self._answer = None
-        self.since_s = time.monotonic()
-        if answers.reusable:
-            self._pool.freed(self)
+            if not answer.done():
+                answer.set_exception(ShuttingDownError("the gateway can't reach the key service"))
         else:
-            self.close()
+            self.error = ""
+            self._send_on(connection, data, answer)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        self._opening.discard(task)
+        self._begin_waiting()
+
+    def _begin_waiting(self) -> None:
+        """Each request fails at once if the key service is away."""
+        while self._waiting and self._begin(*self._waiting[0]):
+            self._waiting.popleft()
+
+    def _send_on(self, connection: ClientConnection, data: bytes, answer: asyncio.Future[bytes | Response]) -> None:
+        self._busy[connection] = self._loop.time()
+        connection.begin(partial(self._ended, connection, answer), data)
+
+    def _ended(
+        self, connection: ClientConnection, answer: asyncio.Future[bytes | Response], result: Answer | KmsError
+    ) -> None:
+        del self._busy[connection]
+        if connection.usable:
+            connection.idle_since_s = self._loop.time()
+            self._idle.append(connection)
+        self._begin_waiting()
         if answer.done():
             return
         try:
-            answer.set_result(response_of(answers))
+            answer.set_result(_response(result))
         except ShuttingDownError as error:
-            self._pool.error = str(error)
+            self.error = str(error)
+            answer.set_exception(error)
+        except RequestInterruptedError as error:
             answer.set_exception(error)
 
-    def eof_received(self) -> bool:
-        return False
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        answer, self._answer = self._answer, None
-        if answer is not None:
-            _fail(answer, RequestInterruptedError("the key service did not answer; the request may have taken effect"))
-        if self.opening is not None:
-            _fail(self.opening[1], ShuttingDownError("the gateway can't reach the key service"))
-            self.opening = None
-        self._pool.lost(self)
-
-
-def _fail(answer: asyncio.Future[bytes | Response], error: Exception) -> None:
-    if not answer.done():
-        answer.set_exception(error)
+def _response(result: Answer | KmsError) -> bytes | Response:
+    if isinstance(result, Answer):
+        return response_of(result)
+    if isinstance(result, KmsUnavailableError) and not result.sent:
+        raise ShuttingDownError("the gateway can't reach the key service")
+    raise RequestInterruptedError("the key service did not answer; the request may have taken effect")

@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 from minikms.api.errors import KmsError, KmsProtocolError, KmsTimeoutError
@@ -26,7 +28,7 @@ class ClientConnection(asyncio.Protocol):
         self._ended_by: Exception | None = None
         self._transport: asyncio.Transport | None = None
         self._parser: AnswerParser | None = None
-        self._waiter: asyncio.Future[Answer] | None = None
+        self._on_end: Callable[[Answer | KmsError], None] | None = None
         self._reusable = True
         self._refused: Answer | None = None
         self._sock: socket.socket | None = None
@@ -58,30 +60,39 @@ class ClientConnection(asyncio.Protocol):
     ) -> Answer:
         """Sends a request and waits for its answer. Raises KmsUnavailableError, KmsTimeoutError and
         KmsProtocolError."""
-        transport = self._transport
-        if self._refused is not None:
-            return self._refused
-        if transport is None or not self.usable:
-            raise self.endpoint.lost(self._ended_by, sent=False)
+        length = None if body is None else len(body)
+        waiter: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            length = None if body is None else len(body)
             head = request_head(target, length, request_id, content_type, self.endpoint.origin)
-            self._parser = AnswerParser()
-            self._waiter = asyncio.get_running_loop().create_future()
             if isinstance(body, bytearray):  # holds a key: joining would leave a copy that is not zeroed
-                transport.write(head)
-                transport.write(body)
+                self.begin(partial(_settle, waiter), head, body)
             else:
-                transport.write(head + body if body else head)
+                self.begin(partial(_settle, waiter), head + body if body else head)
             async with asyncio.timeout(timeout_s):
-                return await self._waiter
+                return await waiter
         except BaseException as error:
             # also when the answer has come but its caller was cancelled: the connection would not be given back
-            self._waiter = None
+            self._on_end = None
             self.close()
             if isinstance(error, TimeoutError):
                 raise KmsTimeoutError(f"the key service did not answer within {timeout_s:g} s") from None
             raise
+        finally:
+            del waiter  # the traceback of its error leads to this frame
+
+    def begin(self, on_end: Callable[[Answer | KmsError], None], *parts: bytes | bytearray) -> None:
+        """Sends the parts of a request. `on_end` gets the answer, or why there is none; at once if nothing can be
+        sent.
+        """
+        if self._refused is not None:
+            on_end(self._refused)
+        elif self._transport is None or not self.usable:
+            on_end(self.endpoint.lost(self._ended_by, sent=False))
+        else:
+            self._parser = AnswerParser()
+            self._on_end = on_end
+            for part in parts:
+                self._transport.write(part)
 
     def close(self) -> None:
         """Closes the connection at once, with any exchange on it."""
@@ -95,7 +106,7 @@ class ClientConnection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if self._waiter is None or self._parser is None:
+        if self._on_end is None or self._parser is None:
             if self._parser is None and self.usable:
                 self._refused = refusal_in(data)
             self.close()
@@ -103,8 +114,8 @@ class ClientConnection(asyncio.Protocol):
         try:
             answer = self._parser.feed(data)
         except KmsProtocolError as error:
-            self._finish(error)
             self.close()
+            self._finish(error)
             return
         if answer is not None:
             self._reusable = answer.reusable
@@ -124,10 +135,15 @@ class ClientConnection(asyncio.Protocol):
         self._finish(self.endpoint.lost(exc, sent=True, sock=self._sock))
 
     def _finish(self, result: Answer | KmsError) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is None or waiter.done():
-            return
-        if isinstance(result, KmsError):
-            waiter.set_exception(result)
-        else:
-            waiter.set_result(result)
+        on_end, self._on_end = self._on_end, None
+        if on_end is not None:
+            on_end(result)
+
+
+def _settle(waiter: asyncio.Future[Answer], result: Answer | KmsError) -> None:
+    if waiter.done():
+        return
+    if isinstance(result, KmsError):
+        waiter.set_exception(result)
+    else:
+        waiter.set_result(result)
