@@ -17,6 +17,7 @@ has changed nothing, unless the error says so. After a failure there is no defau
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import Final, TypeVar
@@ -359,12 +360,12 @@ BY_CODE: Final[dict[str, type[KmsRefusedError]]] = {
 }
 """One class for each code: a class that inherits its code is not in the table."""
 
-E = TypeVar("E", bound=KmsRefusedError)
+E = TypeVar("E", bound=KmsError)
 
 
 def copy_of(error: E) -> E:
-    """An error that has only its text, once more for another caller: each raises an object of its own."""
-    other = type(error)(str(error))
+    """The error once more for another caller: each raises an object of its own."""
+    other = copy.copy(error)
     other.__cause__ = error.__cause__
     return other
 

@@ -1,6 +1,6 @@
 """Destruction of keys in groups: the tombstones of many keys take one append and one write of the keyring.
 
-Owns: the order in which keys are destroyed. `minikms.custody.group_commit` forms the groups. A group has three steps,
+Owns: the order in which keys are destroyed. `minikms.platform.group_commit` forms the groups. A group has three steps,
 each durable before the next: the records are appended to `kms-tombstones`, the keyring counts them, the rotation
 backups and the files of the keys are removed. Invariants: what the third step needs is read before the first one, and
 a key whose rotation backups can't be read or written is refused there and stays as it is. An answer comes after the
@@ -19,7 +19,6 @@ from typing import Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.custody.deks import HeldKeys
-from minikms.custody.group_commit import GroupQueue
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.custody.replication import Written
 from minikms.custody.rotation_backups import FoundRecords
@@ -29,6 +28,7 @@ from minikms.keys.keyring import Body
 from minikms.keys.tombstones import NumberedTombstone
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.platform.clock import now_ns, rfc3339
+from minikms.platform.group_commit import GroupCommit
 
 GROUP_KEYS_MAX: Final = 512
 """Fewer than `minikms.keys.tombstones.APPEND_RECORDS_MAX`."""
@@ -74,7 +74,7 @@ class Destruction:
         self._find_records = find_records
         self._forget = forget
         self._remove_files = remove_files
-        self.groups = GroupQueue(self._destroy, items_max=GROUP_KEYS_MAX)
+        self.groups = GroupCommit(self._destroy, items_max=GROUP_KEYS_MAX)
         self.unfinished: set[str] = set()
         """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
 

@@ -2,8 +2,8 @@
 
 Owns: the making and wrapping of new keys. Invariants:
 - New keys are wrapped under the keyring's current wrapping KEK, which is taken in the step of the event loop in which
-  they are wrapped. A rotation waits for the group that took the older version (`GroupQueue.group_ended`).
-- A key is answered only after `Journal.create` made it durable; then the index has it.
+  they are wrapped. A rotation waits for the group that took the older version (`GroupCommit.group_ended`).
+- A key is answered only after `Changes.create` made it durable; then the index has it.
 - The cipher of the KEK, which has key schedules on the heap, is closed in the step in which it was made. Then the used
   part of the stack is overwritten.
 - `Wanted.permit` is called in the step in which the key is made. A refusal is an error of its own key.
@@ -21,7 +21,6 @@ from typing import Final, NamedTuple
 from minikms import api
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
 from minikms.crypto.aead import NonceSource
-from minikms.custody.group_commit import GroupQueue
 from minikms.custody.journal_format import Change
 from minikms.custody.keyring_file import StoredKeyring
 from minikms.custody.replication import Changes
@@ -31,6 +30,7 @@ from minikms.keys.index import KeyIndex
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
 from minikms.platform.clock import now_ns, rfc3339
+from minikms.platform.group_commit import GroupCommit
 
 GROUP_KEYS_MAX: Final = 128
 """Keys that one step of the event loop makes: about 3 ms."""
@@ -66,7 +66,7 @@ class NewKeys:
         self._changes = changes
         self._nonces = nonces
         self._index = index
-        self.groups = GroupQueue(self._make_group, items_max=GROUP_KEYS_MAX)
+        self.groups = GroupCommit(self._make_group, items_max=GROUP_KEYS_MAX)
 
     async def make(self, wanted: Wanted) -> DekRecord:
         """A new key, durable on return. Raises the errors of its permit and of the journal, and ArenaFullError."""

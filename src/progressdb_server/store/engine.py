@@ -148,7 +148,7 @@ class Counters(msgspec.Struct, array_like=True):
 
 
 class Commits(Protocol):
-    """What callers use of a writer: see `store.writer.GroupCommit`."""
+    """What callers use of a writer: see `store.writer.StoreWriter`."""
 
     @property
     def available(self) -> bool: ...

@@ -194,7 +194,7 @@ class _Gathering:
             self.waiting = None
 
 
-class GroupCommit(ABC):
+class StoreWriter(ABC):
     """Queue, order and groups. A subclass commits a group, and recovers after a failure."""
 
     unconfirmed = "the store's disk did not take the write"
@@ -427,7 +427,7 @@ class GroupCommit(ABC):
         _log.info("store_reopened")
 
 
-class Writer(GroupCommit):
+class Writer(StoreWriter):
     """Commits to an engine of this process."""
 
     def __init__(self, engine: OrderedMap, clock: Clock, metrics: StoreMetrics, on_reopen: Callable[[], None]) -> None:

@@ -44,7 +44,7 @@ from progressdb_server.store.postgres.transaction import (
     new_versions,
     write_group,
 )
-from progressdb_server.store.writer import GroupCommit
+from progressdb_server.store.writer import StoreWriter
 
 COMMIT_S_MAX: Final = 15.0
 """The time for one group, with the wait for the standby. After it, the outcome is unknown."""
@@ -291,7 +291,7 @@ async def _beat(nodes: Nodes, connection: NodeConnection, counter: int) -> None:
     await nodes.confirm(connection)
 
 
-class PostgresWriter(GroupCommit):
+class PostgresWriter(StoreWriter):
     """One of those of a server. It waits for no head that somebody else has locked, and for other locks only a moment:
     `aside` gets the writes that need them, so that the others do not wait with them."""
 

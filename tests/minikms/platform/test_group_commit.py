@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from minikms.api.errors import ConflictError, KmsRefusedError, StorageUnavailableError
-from minikms.custody import group_commit
-from minikms.custody.group_commit import GroupQueue
+from minikms.platform import group_commit
 from minikms.platform.files import FileWrite, make_file, open_directory
+from minikms.platform.group_commit import GroupCommit
 
 ITEMS_MAX = 16
 
@@ -59,7 +59,7 @@ class FileGroups:
         self._directory = directory
         self._disk = disk
         self._executor = executor
-        self._commit = GroupQueue(self._write, items_max=ITEMS_MAX)
+        self._commit = GroupCommit(self._write, items_max=ITEMS_MAX)
         self.drain = self._commit.drain
         self.group_ended = self._commit.group_ended
 
@@ -215,7 +215,7 @@ async def test_an_error_of_a_whole_group_is_each_callers_own() -> None:
     async def refused(items: list[int]) -> list[int | KmsRefusedError]:
         raise ConflictError("an active key") from OSError(5, "the cause")
 
-    group = GroupQueue(refused, items_max=ITEMS_MAX)
+    group = GroupCommit(refused, items_max=ITEMS_MAX)
     errors = await asyncio.gather(*(group.submit(number) for number in range(3)), return_exceptions=True)
     assert {(type(error), str(error)) for error in errors} == {(ConflictError, "an active key")}
     assert len({id(error) for error in errors}) == 3
