@@ -268,6 +268,18 @@ def test_a_new_root_key_is_joined_only_as_64_hex_characters() -> None:
             calls.rotation(bad, True, ())
 
 
+def test_an_unseal_and_a_new_root_say_what_they_were_given() -> None:
+    key = "ab" * 32
+    added = msgspec.json.decode(calls.new_root(key, "shares", api.GivenShares("s", 2, ["d"])))
+    shares = {"set_id": "s", "threshold": 2, "digests": ["d"]}
+    assert added == {"provider": "shares", "shares": shares, "root_hex": key}
+    assert calls.unsealing(key, None) == b'{"root_hex":"%b"}' % key.encode()
+    assert calls.unsealing(None, "mks1-00") == b'{"share":"mks1-00"}'
+    assert calls.unsealing(None, None) == b'{"from_source":true}'
+    with pytest.raises(errors.InvalidRequestError, match="not both"):
+        calls.unsealing(key, "mks1-00")
+
+
 def test_a_request_id_that_could_break_the_head_is_refused() -> None:
     for bad in ("", "a b", "a\r\nX: y", "é", "x" * 129):
         with pytest.raises(errors.InvalidRequestError):

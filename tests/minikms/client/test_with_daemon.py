@@ -13,7 +13,7 @@ import pytest
 
 from minikms import api
 from minikms.api import errors
-from minikms.client import AsyncClient, Client, EncryptItem, MacItem, ReencryptItem
+from minikms.client import AsyncClient, Client, EncryptItem, ReencryptItem
 from tests.harness.live_daemon import LiveDaemon
 
 
@@ -44,21 +44,6 @@ def kms(request: pytest.FixtureRequest, daemon_socket: str) -> Iterator[Both]:
         both.close()
 
 
-def test_a_value_opens_only_under_its_key_thread_and_aad(kms: Any) -> None:
-    key = kms.create_dek_for_thread("thread-1", request_id="req-1")
-    assert api.KEY_ID_PATTERN.fullmatch(key.key_id)
-    assert kms.get_wrapped(key.key_id) == key.wrapped
-    sealed = kms.encrypt(key.key_id, b"hello", aad=b"place", thread_id="thread-1", request_id="req-2")
-    assert len(sealed) == 24 + 5 + 16
-    assert kms.decrypt(key.key_id, sealed, aad=b"place", thread_id="thread-1") == b"hello"
-    with pytest.raises(errors.DecryptionError):
-        kms.decrypt(key.key_id, sealed, aad=b"other place")
-    with pytest.raises(errors.WrongThreadError):
-        kms.decrypt(key.key_id, sealed, aad=b"place", thread_id="thread-2")
-    with pytest.raises(errors.KeyNotFoundError):
-        kms.encrypt("k_" + "0" * 26, b"hello")
-
-
 def test_the_life_of_a_key(kms: Any) -> None:
     old = kms.create_dek_for_thread("thread-2").key_id
     sealed = kms.encrypt(old, b"text", aad=b"a")
@@ -86,40 +71,6 @@ def test_the_life_of_a_key(kms: Any) -> None:
         kms.decrypt(old, sealed, aad=b"a")
     with pytest.raises(errors.KeyDestroyedError):
         kms.check_batch(old, both)
-
-
-def test_a_data_key_is_given_sealed_and_on_request_in_the_clear(kms: Any) -> None:
-    key_id = kms.create_dek_for_thread("files", purpose="data").key_id
-    data_key = kms.generate_data_key(key_id, aad=b"file-1")
-    assert len(data_key.plaintext) == 32
-    assert kms.decrypt(key_id, data_key.ciphertext, aad=b"file-1") == data_key.plaintext
-    assert not isinstance(kms.generate_data_key(key_id, with_plaintext=False).plaintext, bytes)
-    with pytest.raises(errors.WrongPurposeError):
-        kms.generate_data_key(kms.create_dek_for_thread("thread-1").key_id)
-
-
-def test_macs_are_equal_for_one_key_aad_and_value_only(kms: Any) -> None:
-    key_id, other = (kms.create_dek_for_thread("index", purpose="mac").key_id for _ in range(2))
-    items = [MacItem(plaintext=b"ada"), MacItem(plaintext=b"bob"), MacItem(plaintext=b"ada", aad=b"x")]
-    macs = kms.mac(key_id, items * 400, thread_id="index")
-    assert macs == kms.mac(key_id, items) * 400
-    assert len({*macs, *kms.mac(other, items)}) == 6
-    with pytest.raises(errors.WrongThreadError):
-        kms.mac(key_id, items, thread_id="thread-1")
-    with pytest.raises(errors.WrongPurposeError):
-        kms.mac(kms.create_dek_for_thread("index").key_id, items)
-
-
-async def test_a_malformed_id_in_a_batch_spoils_no_other_item(daemon_socket: str) -> None:
-    async with AsyncClient(daemon_socket) as kms:
-        key_id = (await kms.create_dek_for_thread("thread-1")).key_id
-        odd = ["", "../x", 'k"\\', "k\x00", "k" * 128]
-        calls = [kms.encrypt(key_id, b"good"), *(kms.encrypt(name, b"x") for name in odd)]
-        calls += [kms.encrypt(key_id, b"x", request_id=name) for name in ("", "\x01", 'r"')]
-        good, *rest = await asyncio.gather(*calls, return_exceptions=True)
-        assert isinstance(good, bytes)
-        assert all(isinstance(entry, (bytes, errors.KmsRefusedError)) for entry in rest)
-        assert all(isinstance(entry, errors.KmsRefusedError) for entry in rest[: len(odd)])
 
 
 async def test_hundreds_of_concurrent_calls_each_get_their_own_answer(daemon_socket: str) -> None:
