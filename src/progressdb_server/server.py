@@ -29,6 +29,7 @@ from minikms.platform import process_metrics
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
+from minikms.processes.flags import EXIT_FAILED
 from minikms.processes.tracing import Tracing, from_environment
 from progressdb_server import logs
 from progressdb_server.api.application import MessageApplication
@@ -79,6 +80,10 @@ Opened = TypeVar("Opened")
 
 class ServeError(Exception):
     """The server can't start or can't go on; the text says why and what to do."""
+
+    def __init__(self, text: str, exit_status: int = EXIT_FAILED) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status
 
 
 class _Stop:
@@ -317,7 +322,9 @@ async def _open_store(
         provider = await _open_provider(config, master_key_fd, audit_head, started, on_lost=on_lost)
         store = Conversations(engine, provider, rule=config.security.threads)
         opened = True
-    except (SupervisorError, LocalProviderError) as error:
+    except SupervisorError as error:
+        raise ServeError(str(error), error.exit_status) from None
+    except LocalProviderError as error:
         raise ServeError(str(error)) from None
     finally:
         if not opened:

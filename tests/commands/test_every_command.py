@@ -131,6 +131,28 @@ def test_the_walk_finds_the_commands() -> None:
     assert len(NAMES) > 40
 
 
+@pytest.mark.parametrize(
+    ("line", "advice"),
+    [
+        *((f"{program} --no-such-option --config none", f"See `{program} --help`.") for program in PROGRAMS),
+        *((f"{program} no-such-command", f"`{program} --help` lists the commands.") for program in PROGRAMS),
+        ("minikms --socket s --data-dir d --master-key-file none", "openssl rand -hex 32 > none"),
+        ("progressdb --addr 127.0.0.1:0 --db d --master-key-file none", "openssl rand -hex 32 > "),
+        ("minikms-auditor --config none", "make it, or name another"),
+        ("minikms-gateway --config none", "make it, or name another"),
+        ("minikms-replicator --config none", "make it, or name another"),
+        ("minikms-unlock doctor --config none", "make it, or name another"),
+    ],
+)
+def test_the_same_mistake_is_the_same_status_in_every_program(tmp_path: Path, line: str, advice: str) -> None:
+    """2, one line that names the mistake, and what to do next."""
+    done = run(*line.split(), where=tmp_path)
+    assert done.returncode == 2 and not done.stdout, done
+    *log, sentence = done.stderr.splitlines()
+    assert sentence.startswith(f"{line.split(maxsplit=1)[0]}: ") and advice in sentence
+    assert not any(advice in earlier for earlier in log)
+
+
 @each_command
 def test_a_wrong_flag_is_named_in_one_sentence(here: Here, words: tuple[str, ...], app: App) -> None:
     required = [argument for argument in app.assemble_argument_collection() if argument.required]

@@ -312,7 +312,7 @@ def label(argument: Argument) -> str | None:
 
 def explained(error: CycloptsError, program: str) -> str:
     """The sentence for a command line that can't be read. `program`: the command's first word."""
-    from cyclopts import MissingArgumentError, UnusedCliTokensError
+    from cyclopts import MissingArgumentError, UnknownCommandError, UnusedCliTokensError
 
     words = " ".join((program, *(error.command_chain or ())))
     error.verbose = False
@@ -327,6 +327,8 @@ def explained(error: CycloptsError, program: str) -> str:
             text = f"{error.argument.name} is missing"
     elif isinstance(error, UnusedCliTokensError):
         text = f"unexpected argument: {' '.join(error.unused_tokens or ())}"
+    elif isinstance(error, UnknownCommandError) and error.unused_tokens and error.unused_tokens[0].startswith("-"):
+        text = f"unknown option: {error.unused_tokens[0]}"
     end = "" if text.endswith(("?", ".")) else "."
     return f"{text[:1].lower()}{text[1:]}{end} See `{words} --help`."
 

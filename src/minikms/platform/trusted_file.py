@@ -43,7 +43,8 @@ def read_trusted(path: Path, trusted: Collection[int], *, what: str, bytes_max: 
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise StartError(f"the {what} {path} can't be read: {error.strerror}") from None
+        advice = "; make it, or name another" if isinstance(error, FileNotFoundError) else ""
+        raise StartError(f"the {what} {path} can't be read: {error.strerror}{advice}") from None
 
 
 def directory_read(path: Path) -> Path:

@@ -52,6 +52,11 @@ def read_key_file(
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
     except PermissionError:
         raise StartError(f"{what} can't be read: {denied(path, '400')}. Or run this as the owner") from None
+    except FileNotFoundError as error:
+        raise StartError(
+            f"{what} can't be read: {os.strerror(error.errno or 0)}. Put your copy of it there, or for new data make "
+            f"one: (umask 077; openssl rand -hex 32 > {path})"
+        ) from None
     except OSError as error:
         raise StartError(f"{what} can't be read: {os.strerror(error.errno or 0)}") from None
     try:

@@ -75,7 +75,7 @@ def serve(
     except StoreUnavailableError as error:
         raise CommandError(error.explained, EXIT_FAILED) from None
     except server.ServeError as error:
-        raise CommandError(str(error), EXIT_FAILED) from None
+        raise CommandError(str(error), error.exit_status) from None
 
 
 def completion(shell: Shell) -> int:

@@ -44,6 +44,7 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsRefusedError, KmsUnavailableError, KmsUntrustedServerError
 from minikms.client import AsyncClient
 from minikms.platform.logs import LEVELS, Log
+from minikms.processes.flags import EXIT_FAILED, EXIT_MISSING
 
 READY_S_MAX: Final = 30.0
 FOUND_S_MAX: Final = 2.0
@@ -217,7 +218,13 @@ class Child:
 
 
 class SupervisorError(Exception):
-    """There is no miniKMS to use; the text says why and what to do."""
+    """There is no miniKMS to use; the text says why and what to do. `exit_status`: that of the started one, if it ended
+    because something is missing or wrong, else EXIT_FAILED.
+    """
+
+    def __init__(self, text: str, exit_status: int = EXIT_FAILED) -> None:
+        super().__init__(text)
+        self.exit_status = exit_status
 
 
 class Supervisor:
@@ -247,6 +254,8 @@ class Supervisor:
         self._task: asyncio.Task[None] | None = None
         self._child: Child | None = None
         self._reason = ""
+        self._exit_status = EXIT_FAILED
+        self._starting = True
         self._failures = 0
 
     @property
@@ -265,7 +274,8 @@ class Supervisor:
             self._close_key()
         if not found:
             await self.stop()
-            raise SupervisorError(f"no miniKMS at {self._options.socket_path}: {self._reason}")
+            raise SupervisorError(f"no miniKMS at {self._options.socket_path}: {self._reason}", self._exit_status)
+        self._starting = False
         self._task = asyncio.get_running_loop().create_task(self._keep(), name="minikms supervisor")
 
     async def stop(self) -> None:
@@ -310,6 +320,7 @@ class Supervisor:
             return True
         await child.stop()
         self._child = None
+        self._exit_status = EXIT_MISSING if await child.wait() == EXIT_MISSING else EXIT_FAILED
         if await self._await_answer(None, found_s_max):
             self._log.info("using the miniKMS of another server")
             return True
@@ -442,7 +453,8 @@ class Supervisor:
             name, level = str(event.pop("event")), str(event.pop("level"))
             LEVELS[level]
         except (*UNDECODABLE, KeyError):
-            self._log.info("miniKMS", line=line)
+            if not (self._starting and line.startswith("minikms: ")):  # the error of the start has that line
+                self._log.info("miniKMS", line=line)
             return
         event.pop("timestamp", None)
         self._log.log(level, name, program="minikms", **{f"minikms_{key}": value for key, value in event.items()})
