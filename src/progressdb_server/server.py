@@ -382,8 +382,8 @@ def _announce(config: Config, host: str, port: int) -> str:
     if not (keys.backend or keys.frontend or keys.admin or keys.allow_unauth):
         _log.warning("no API key is configured: every request but /healthz is refused; set PROGRESSDB_API_BACKEND_KEYS")
     scheme = "https" if config.server.tls.cert_file else "http"
-    shown = f"[{host}]" if ":" in host else host
-    url = f"{scheme}://{shown}:{port}"
+    authority = f"[{host}]" if ":" in host else host
+    url = f"{scheme}://{authority}:{port}"
     _log.info("listening", url=url, db=config.storage.db_path or None)
     login = (
         "log in with a key of PROGRESSDB_API_ADMIN_KEYS"

@@ -30,10 +30,10 @@ class TracedMetrics(ApiMetrics):
     def finished(self, request: ApiRequest, status: int, seconds: float) -> None:
         super().finished(request, status, seconds)
         ended_ns, reading = time.time_ns(), READING.get()
-        given = request.headers.get(_TRACEPARENT)
+        traceparent = request.headers.get(_TRACEPARENT)
         self._tracing.request(
             f"{request.method} {request.route}" if request.route else "other",
-            traceparent=None if given is None else given.decode("latin-1"),
+            traceparent=None if traceparent is None else traceparent.decode("latin-1"),
             began_ns=ended_ns - int(seconds * 1e9),
             ended_ns=ended_ns,
             failed=status >= 500,

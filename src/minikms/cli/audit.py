@@ -271,10 +271,10 @@ def tail(
     from minikms.audit.record import peek_seq
 
     directory = found_log(data_dir)
-    shown = last_lines(directory, lines) if lines else []
-    _print_lines(shown, json=json)
+    newest_lines = last_lines(directory, lines) if lines else []
+    _print_lines(newest_lines, json=json)
     if follow:
-        newest = shown or last_lines(directory, 1)
+        newest = newest_lines or last_lines(directory, 1)
         follower = LogFollower(directory, after_seq=peek_seq(newest[-1]) if newest else 0)
         reader = select.poll()
         reader.register(sys.stdout, 0)  # POLLERR and POLLHUP are always reported
@@ -406,12 +406,12 @@ app.command(audit_tree.verify_export, name="verify-export")
 # --- shared ----------------------------------------------------------------------------------------------------------
 
 
-def found_log(given: str | None) -> str:
+def found_log(data_dir: str | None) -> str:
     """The directory of the audit log. Raises StartError when no part of one is in it."""
     from minikms.audit.reader import LOG_NAME, list_segments
     from minikms.custody.log_directory import log_directory
 
-    directory = log_directory(chosen_data_dir(given))
+    directory = log_directory(chosen_data_dir(data_dir))
     if not os.path.lexists(os.path.join(directory, LOG_NAME)) and not list_segments(directory):
         raise StartError(f"there is no audit log in {directory}")
     return directory
@@ -427,18 +427,18 @@ def _keys_of_thread(directory: str, thread: str) -> list[str]:
     """Ids of the thread's keys whose files are there and can be read."""
     from minikms.custody.settled_keys import SettledKeys
 
-    found: list[str] = []
+    key_ids: list[str] = []
     with SettledKeys(directory) as settled:
         for key in settled.each(settled.key_ids()):
             if not isinstance(key.record, KmsRefusedError) and key.record.thread_id == thread:
-                found.append(key.key_id)
-    return found
+                key_ids.append(key.key_id)
+    return key_ids
 
 
-def public_keys(given: Sequence[str]) -> frozenset[bytes]:
+def public_keys(texts: Sequence[str]) -> frozenset[bytes]:
     """Public keys as text, or in files of such text. Raises StartError."""
     keys = set()
-    for text in given:
+    for text in texts:
         key = _public_key(text)
         if key is None:
             try:

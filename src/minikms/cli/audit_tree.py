@@ -267,35 +267,35 @@ def verify_export(
     line between them is missing. Exit status: 0 every line is proven, 1 one is not, 2 a key or the file is missing, or
     there is no line.
     """
-    found = ExportReport()
+    report = ExportReport()
     checker = ProofChecker(policy(log_key, witness, quorum))
     with opened(file) as source:
         previous = -1
         while raw := source.readline(exporting.EXPORTED_BYTES_MAX):
-            index = _check(checker, raw, found)
+            index = _check(checker, raw, report)
             if index <= previous:
-                raise ProofError(f"line {found.lines} of the export is not after the one before: sort them, each once")
-            found.complete = found.complete and previous in (-1, index - 1)
+                raise ProofError(f"line {report.lines} of the export is not after the one before: sort them, each once")
+            report.complete = report.complete and previous in (-1, index - 1)
             previous = index
     if json:
-        print(msgspec.json.encode(found).decode())
-    elif found.lines:
-        print(f"{found.lines} line(s) are proven: lines {found.first_seq} to {found.last_seq} of {found.origin}.")
-        print("  No line between them is missing." if found.complete else "  Lines between them were left out.")
-        at = found.witnessed_at
+        print(msgspec.json.encode(report).decode())
+    elif report.lines:
+        print(f"{report.lines} line(s) are proven: lines {report.first_seq} to {report.last_seq} of {report.origin}.")
+        print("  No line between them is missing." if report.complete else "  Lines between them were left out.")
+        at = report.witnessed_at
         print("  No witness has cosigned." if at is None else f"  A quorum of witnesses cosigned, last {_rfc3339(at)}.")
     else:
         print("The export has no line.")
-    return EXIT_GOOD if found.lines else EXIT_MISSING
+    return EXIT_GOOD if report.lines else EXIT_MISSING
 
 
 def opened(file: str) -> BinaryIO:
     return sys.stdin.buffer if file == "-" else open(file, "rb")
 
 
-def _check(checker: ProofChecker, raw: bytes, found: ExportReport) -> int:
+def _check(checker: ProofChecker, raw: bytes, report: ExportReport) -> int:
     """The leaf of an exported line. Raises ProofError, NoteError."""
-    place = f"line {found.lines + 1} of the export"
+    place = f"line {report.lines + 1} of the export"
     try:
         exported = msgspec.json.decode(raw, type=Exported)
         proven = checker.check(exported)
@@ -304,10 +304,10 @@ def _check(checker: ProofChecker, raw: bytes, found: ExportReport) -> int:
         raise ProofError(f"{place} is not one of `minikms audit export`") from None
     except (ProofError, note.NoteError, MalformedLineError) as error:
         raise ProofError(f"{place}: {error}") from None
-    found.lines += 1
-    found.first_seq, found.last_seq = found.first_seq or seq, seq
-    found.origin = proven.opened.checkpoint.origin
-    found.witnessed_at = proven.opened.quorum_time(checker.quorum)
+    report.lines += 1
+    report.first_seq, report.last_seq = report.first_seq or seq, seq
+    report.origin = proven.opened.checkpoint.origin
+    report.witnessed_at = proven.opened.quorum_time(checker.quorum)
     return proven.index
 
 

@@ -193,26 +193,26 @@ def _with_advice(error: KmsError) -> tuple[str, int]:
     return f"{text}. {next_step}." if next_step else text, EXIT_FAILED if judged else EXIT_MISSING
 
 
-def found_data_dir(given: str | None, *, look: bool = True) -> str | None:
+def found_data_dir(flag: str | None, *, look: bool = True) -> str | None:
     """The flag, else the variable, else that of the units: then it says so. Without `look` the last is left out."""
-    named = given or os.environ.get(DATA_DIR_VARIABLE)
+    named = flag or os.environ.get(DATA_DIR_VARIABLE)
     if named or not look or not os.path.lexists(PACKAGE_DATA_DIR):
         return named
     say_chosen("--data-dir", PACKAGE_DATA_DIR)
     return PACKAGE_DATA_DIR
 
 
-def chosen_socket(given: str | None, *, must_exist: bool = True) -> str:
+def chosen_socket(flag: str | None, *, must_exist: bool = True) -> str:
     """The socket, from `found_socket`. Raises CommandError when it has none."""
-    path = found_socket(given, look=must_exist)
+    path = found_socket(flag, look=must_exist)
     if path is None:
         raise CommandError(f"name the daemon's socket: --socket PATH, or {SOCKET_VARIABLE}")
     return path
 
 
-def chosen_data_dir(given: str | None, *, must_exist: bool = True) -> str:
+def chosen_data_dir(flag: str | None, *, must_exist: bool = True) -> str:
     """The absolute path. Raises CommandError when `found_data_dir` has none, or the directory is missing."""
-    path = found_data_dir(given, look=must_exist)
+    path = found_data_dir(flag, look=must_exist)
     if path is None:
         raise CommandError(f"name the data directory: --data-dir DIR, or {DATA_DIR_VARIABLE}")
     if must_exist:
@@ -289,9 +289,9 @@ def named_root(source: str, data_dir: str | None = None, keyring_id: Callable[[]
     return root_provider(parsed, data_dir, shared=shared, unlock_uids=uids, keyring_id=keyring_id)
 
 
-def key_file_owner(given: str | None = None) -> tuple[int, int] | None:
+def key_file_owner(flag: str | None = None) -> tuple[int, int] | None:
     """Owner and group of a key file that its group may read: the flag, else the variable. Raises CommandError."""
-    text = given or os.environ.get(MASTER_KEY_OWNER_VARIABLE)
+    text = flag or os.environ.get(MASTER_KEY_OWNER_VARIABLE)
     if not text:
         return None
     ids = text.split(":")
@@ -302,10 +302,10 @@ def key_file_owner(given: str | None = None) -> tuple[int, int] | None:
     return int(ids[0]), int(ids[1])
 
 
-def chosen_server_uids(given: int | None) -> frozenset[int] | None:
+def chosen_server_uids(flag: int | None) -> frozenset[int] | None:
     """`usage.server_uids`. Raises CommandError."""
     try:
-        return usage.server_uids(given)
+        return usage.server_uids(flag)
     except ValueError as error:
         raise CommandError(str(error)) from None
 
@@ -332,10 +332,10 @@ def _gateway_client(url: str, timeout_s: float) -> Client:
 
     if set_variable := next(filter(os.environ.get, SOCKET_VARIABLES), None):
         raise CommandError(f"both {set_variable} and {URL_VARIABLE} are set: unset one of them")
-    given: dict[str, Any] = {name: os.environ.get(f"PROGRESSDB_KMS_{name.upper()}") or None for name in URL_FILES}
+    files: dict[str, Any] = {name: os.environ.get(f"PROGRESSDB_KMS_{name.upper()}") or None for name in URL_FILES}
     allowed = os.environ.get(LONG_LIVED_VARIABLE, "").strip().lower() in ("1", "true", "yes", "on")
     try:
-        return Client(url, **given, long_lived_cert=allowed, timeout_s=timeout_s, wait_s=DAEMON_WAIT_SECONDS)
+        return Client(url, **files, long_lived_cert=allowed, timeout_s=timeout_s, wait_s=DAEMON_WAIT_SECONDS)
     except ValueError as error:
         names = ", ".join(f"PROGRESSDB_KMS_{name.upper()}" for name in URL_FILES)
         raise CommandError(f"{error} ({URL_VARIABLE}, {names})") from None

@@ -165,12 +165,12 @@ def _explained(place: str) -> Iterator[None]:
 
 
 @contextmanager
-def _writing(place: str, given: str | None, *, force: bool) -> Iterator[BinaryIO]:
-    """Standard output, or a private file that gets its name at the end. `given`: what --output says; only an explicit
+def _writing(place: str, flag: str | None, *, force: bool) -> Iterator[BinaryIO]:
+    """Standard output, or a private file that gets its name at the end. `flag`: what --output says; only an explicit
     `-` writes to a terminal. Raises CommandError.
     """
     if place == "-":
-        if given is None and sys.stdout.isatty():
+        if flag is None and sys.stdout.isatty():
             raise CommandError(
                 "this would write raw bytes to the terminal: name a file with --output FILE, or insist with --output -"
             )

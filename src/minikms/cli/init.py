@@ -90,12 +90,12 @@ def init(
     if recovery is not None:
         check_can_hand_out(recovery.directory, data_dir=directory)
     makes_key = key_file is not None and not os.path.lexists(key_file)
-    made, failure = _make(directory, audit_dir, root, key_file if makes_key else None, recovery)
+    facts, failure = _make(directory, audit_dir, root, key_file if makes_key else None, recovery)
     if recovery is not None and failure:
         later = ADD_LATER.format(*recovery.counts)
         complain(f"{directory} was made, but without recovery shares: {failure}. {later}")
     if json:
-        print_json({**made, "data_dir": directory, "master_key_made": makes_key})
+        print_json({**facts, "data_dir": directory, "master_key_made": makes_key})
         return EXIT_FAILED if failure else EXIT_GOOD
     if makes_key:
         print(f"Made a root key in {key_file}. Without it nothing can ever be decrypted: keep a copy elsewhere,")
@@ -103,14 +103,14 @@ def init(
     print(f"Made {directory}.")
     print_facts(
         [
-            ("keyring", made["keyring_id"]),
-            ("root key", f"{made['root_fingerprint']}   its fingerprint, no secret"),
-            ("audit log", f"{made['audit_public_key']}   its public key: keep it outside this machine"),
+            ("keyring", facts["keyring_id"]),
+            ("root key", f"{facts['root_fingerprint']}   its fingerprint, no secret"),
+            ("audit log", f"{facts['audit_public_key']}   its public key: keep it outside this machine"),
         ],
         indent=2,
     )
-    if "shares" in made:
-        _print_shares(made["shares"])
+    if "shares" in facts:
+        _print_shares(facts["shares"])
     source = f" --master-key-file {shlex.quote(os.path.abspath(key_file))}" if key_file is not None else ""
     if audit_dir is not None:
         source += f" --audit-dir {shlex.quote(audit_dir)}"

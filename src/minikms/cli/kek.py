@@ -182,7 +182,7 @@ def prune(
     lines = [
         f"destroyed: {', '.join(f'version {number}' for number in done.destroyed) or 'none'}",
         f"backups of key files removed: {done.backups_removed:,}",
-        *(f"kept: version {kept.version}: {kept.why}" for kept in done.kept),
+        *(f"kept: version {kek.version}: {kek.why}" for kek in done.kept),
     ]
     print_result(done, lines, json=json)
     return EXIT_FAILED if done.kept else EXIT_GOOD

@@ -64,30 +64,30 @@ def list_keys(
     json: Json = False,
 ) -> None:
     """List keys, oldest first."""
-    shown: list[api.KeyAnswer] = []
+    keys: list[api.KeyAnswer] = []
     more = indexing = False
     with daemon.client() as kms:
         for answer in _pages(kms, thread, state, limit):
             indexing = indexing or answer.indexing
-            shown += answer.keys
-            more = limit > 0 and (len(shown) > limit or (len(shown) == limit and answer.next_cursor is not None))
-            if limit and len(shown) >= limit:
+            keys += answer.keys
+            more = limit > 0 and (len(keys) > limit or (len(keys) == limit and answer.next_cursor is not None))
+            if limit and len(keys) >= limit:
                 break
-    shown = shown[:limit] if limit else shown
+    keys = keys[:limit] if limit else keys
     if json:
-        print_json({"keys": shown, "complete": not (more or indexing)})
+        print_json({"keys": keys, "complete": not (more or indexing)})
         return
-    if shown:
+    if keys:
         print_table(
             ("key", "thread", "purpose", "state", "KEK", "created"),
-            ((key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at) for key in shown),
+            ((key.key_id, key.thread_id, key.purpose, key.state, key.kek_version, key.created_at) for key in keys),
             right=("KEK",),
         )
     notes = terminal(errors=True)
-    if not shown:
+    if not keys:
         notes.print("no keys")
     if more:
-        notes.print(f"These are the first {len(shown)}; more with --limit N, all with --limit 0.", soft_wrap=True)
+        notes.print(f"These are the first {len(keys)}; more with --limit N, all with --limit 0.", soft_wrap=True)
     if indexing:
         notes.print("The daemon has just started and is still reading files: some keys may be missing.", soft_wrap=True)
 

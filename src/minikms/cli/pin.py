@@ -86,16 +86,16 @@ def add_host(
     from minikms.keys import keyring, members
 
     file, directory = _chosen(pin, data_dir)
-    asked = read_request(request)
+    joining = read_request(request)
     body = keyring.parse_file(read_keyring(directory))[0]
-    if asked.keyring_id != body.keyring_id:
-        raise CommandError(f"the request is for the keyring {asked.keyring_id}, and this one is {body.keyring_id}")
-    if body.slot_for(asked.fingerprint) is not None:
-        raise CommandError(f"the root key {asked.fingerprint} opens the keyring already", EXIT_FAILED)
-    confirm_request(asked, yes=yes)
-    file.add_host(asked.fingerprint, members.newcomer(asked).digest, body.keyring_id)
-    lines = (f"{file.path} names the request of {asked.name}.", f"Next: minikms replica add {request}")
-    print_result({"pin": str(file.path), "fingerprint": asked.fingerprint, "name": asked.name}, lines, json=json)
+    if joining.keyring_id != body.keyring_id:
+        raise CommandError(f"the request is for the keyring {joining.keyring_id}, and this one is {body.keyring_id}")
+    if body.slot_for(joining.fingerprint) is not None:
+        raise CommandError(f"the root key {joining.fingerprint} opens the keyring already", EXIT_FAILED)
+    confirm_request(joining, yes=yes)
+    file.add_host(joining.fingerprint, members.newcomer(joining).digest, body.keyring_id)
+    lines = (f"{file.path} names the request of {joining.name}.", f"Next: minikms replica add {request}")
+    print_result({"pin": str(file.path), "fingerprint": joining.fingerprint, "name": joining.name}, lines, json=json)
 
 
 @app.command

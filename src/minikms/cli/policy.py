@@ -50,11 +50,11 @@ def check(file: File, *, json: Json = False) -> int:
         else:
             complain(f"{file}: {clean(str(error))}")
         return EXIT_FAILED
-    found = warnings(rules)
+    sentences = warnings(rules)
     facts = {"valid": True, "sha256": rules.sha256, "grants": len(rules.grants), "proxies": len(rules.proxies)}
     counts = f"{counted(len(rules.grants), 'grant')}, {counted(len(rules.proxies), 'proxy', 'proxies')}"
     valid = f"{file} is valid: {counts}, SHA-256 {rules.sha256}"
-    print_result({**facts, "warnings": found}, [valid, *(f"warning: {text}" for text in found)], json=json)
+    print_result({**facts, "warnings": sentences}, [valid, *(f"warning: {text}" for text in sentences)], json=json)
     return EXIT_GOOD
 
 
@@ -91,25 +91,27 @@ def explain(
         raise CommandError(f"there is no role {clean(role)!r}; the roles are {ROLE_WORDS}")
     allowed = allowed_uids or os.environ.get(ALLOWED_UIDS_VARIABLE)
     uids = parse_uids(allowed, source=ALLOWED_UIDS_VARIABLE) if allowed else None
-    found = explained(FilePolicy(_read(named), uids), principal, wanted, thread, via)
-    facts = [("decision", found.decision if not found.code else f"{found.decision} ({found.code})")]
+    explanation = explained(FilePolicy(_read(named), uids), principal, wanted, thread, via)
+    facts = [
+        ("decision", explanation.decision if not explanation.code else f"{explanation.decision} ({explanation.code})")
+    ]
     facts += [
         (title, value)
         for title, value in (
-            ("principal", found.principal),
-            ("via", found.via),
-            ("role", found.role),
-            ("thread", found.thread),
-            ("grant", found.grant),
-            ("proxy", found.proxy),
-            ("why", found.why),
+            ("principal", explanation.principal),
+            ("via", explanation.via),
+            ("role", explanation.role),
+            ("thread", explanation.thread),
+            ("grant", explanation.grant),
+            ("proxy", explanation.proxy),
+            ("why", explanation.why),
         )
         if value
     ]
-    facts += [("limit", text) for text in found.limits]
-    facts += [("change", text) for text in found.what_would_change]
-    print_result(asdict(found), Facts(facts), json=json)
-    return EXIT_GOOD if found.decision == "allowed" else EXIT_FAILED
+    facts += [("limit", text) for text in explanation.limits]
+    facts += [("change", text) for text in explanation.what_would_change]
+    print_result(asdict(explanation), Facts(facts), json=json)
+    return EXIT_GOOD if explanation.decision == "allowed" else EXIT_FAILED
 
 
 @app.command(name="reload")

@@ -48,8 +48,8 @@ def show(
     check_key_id(key_id)
     directory, index = audit.found_log(data_dir), audit.readable_index(chosen_data_dir(data_dir))
     sought = Query(key=key_id, types=(api.DESTROY_KEY.name,), outcomes=("ok",))
-    found = find(directory, sought, Lookup(index, directory) if index else None)
-    lines = [line for line in found if receipt.is_receipt(parse_line(line)[0])]
+    matches = find(directory, sought, Lookup(index, directory) if index else None)
+    lines = [line for line in matches if receipt.is_receipt(parse_line(line)[0])]
     if not lines:
         raise StartError(
             f"the audit log in {directory} has no receipt of {key_id}. If an earlier version destroyed it, or the line "
@@ -87,8 +87,8 @@ def verify(
     in_tree = log_key or witness or quorum is not None
     checker = ProofChecker(audit_tree.policy(log_key, witness, quorum)) if in_tree else None
     with audit_tree.opened(file) as source:
-        found = receipt.parse(source.read(receipt.RECEIPT_BYTES_MAX + 1))
-    event = receipt.check(found, keys)
+        parsed = receipt.parse(source.read(receipt.RECEIPT_BYTES_MAX + 1))
+    event = receipt.check(parsed, keys)
     if key and event.key_id != key:
         raise ProofError(f"the receipt is one of {event.key_id}, not of {key}")
     facts: dict[str, object] = {
@@ -97,7 +97,7 @@ def verify(
         **{name: event.facts[name] for name in ("tombstone", "tombstone_tag", "epoch", "backups_removed", "archives")},
         "actor": event.actor,
         "seq": event.seq,
-        "tree": _place(found, checker),
+        "tree": _place(parsed, checker),
     }
     if json:
         print_json(facts)
@@ -106,14 +106,14 @@ def verify(
         print_facts([(name.replace("_", " "), value) for name, value in facts.items()], indent=2)
 
 
-def _place(found: Receipt, checker: ProofChecker | None) -> str:
+def _place(parsed: Receipt, checker: ProofChecker | None) -> str:
     """The place of the line in the tree. Raises ProofError."""
     if checker is None:
-        return "not checked: --log-key was not given" if found.proof else "the receipt has no proof"
-    if not found.proof:
+        return "not checked: --log-key was not given" if parsed.proof else "the receipt has no proof"
+    if not parsed.proof:
         raise ProofError("the receipt has no proof that its line is in the tree")
     try:
-        proven: Proven = checker.check(Exported(found.line, found.proof))
+        proven: Proven = checker.check(Exported(parsed.line, parsed.proof))
     except NoteError as error:
         raise ProofError(str(error)) from None
     at = proven.opened.quorum_time(checker.quorum)

@@ -77,12 +77,12 @@ def hand_out(
     from minikms.roots.recovery_shares import new_shares
 
     threshold, count = counts
-    with new_shares(root.view, keyring_id, threshold, count, arena) as made:
+    with new_shares(root.view, keyring_id, threshold, count, arena) as shares:
         if directory is None:
-            _show(made, arena, yes=yes)
+            _show(shares, arena, yes=yes)
         else:
-            _write_files(made, directory, arena)
-        return ShareSet(made[0].info.set_id, threshold, count, tuple(share.digest for share in made))
+            _write_files(shares, directory, arena)
+        return ShareSet(shares[0].info.set_id, threshold, count, tuple(share.digest for share in shares))
 
 
 def add_shares(
@@ -103,50 +103,50 @@ def add_shares(
         keyring_id = kms.status().keyring_id
         fill_random(root.view)
         shares = hand_out(root, keyring_id, counts, directory, arena, yes=yes)
-        given = api.GivenShares(shares.set_id, shares.threshold, [encode_text(digest) for digest in shares.digests])
+        share_set = api.GivenShares(shares.set_id, shares.threshold, [encode_text(digest) for digest in shares.digests])
         try:
             if pin is not None:
                 PinFile(pin).add(root.view, keyring_id)
             with slot_text(root) as text:
-                return kms.add_root(text, provider=TypedShares.name, shares=given), shares
+                return kms.add_root(text, provider=TypedShares.name, shares=share_set), shares
         except BaseException:
             complain(f"the shares of the set {shares.set_id} open nothing unless `minikms root list` shows that set")
             raise
 
 
-def _show(made: Sequence[Share], arena: SecretArena, *, yes: bool) -> None:
+def _show(shares: Sequence[Share], arena: SecretArena, *, yes: bool) -> None:
     from minikms.memory.terminal import confirmed, opened_terminal, show
     from minikms.roots.recovery_shares import reads_as, share_text
 
-    info = made[0].info
+    info = shares[0].info
     with opened_terminal() as terminal:
         show(
             terminal,
-            f"\nAny {info.threshold} of these {len(made)} shares open the keyring {info.keyring_id}. They are shown "
+            f"\nAny {info.threshold} of these {len(shares)} shares open the keyring {info.keyring_id}. They are shown "
             "only now.\nWrite each one on a sheet of its own, and give each sheet to another person.\n\n",
         )
-        for share in made:
+        for share in shares:
             with share_text(share, arena) as text:
                 if not reads_as(share, text, arena):
                     raise CommandError("a share can't be read again: this machine computes wrongly")
-                show(terminal, f"share {share.info.number} of {len(made)}, set {share.info.set_id}\n", *text, "\n\n")
+                show(terminal, f"share {share.info.number} of {len(shares)}, set {share.info.set_id}\n", *text, "\n\n")
         show(terminal, "Then clear this terminal and what it keeps of its output.\n")
         if not yes and not confirmed(terminal, "Is each share written down?"):
             raise CommandError("the shares were not stored, and those that were shown open nothing", EXIT_FAILED)
 
 
-def _write_files(made: Sequence[Share], directory: Path, arena: SecretArena) -> None:
+def _write_files(shares: Sequence[Share], directory: Path, arena: SecretArena) -> None:
     from minikms.platform.sync import sync_directory
     from minikms.roots.recovery_shares import share_text
 
     written: list[Path] = []
     try:
-        for share in made:
+        for share in shares:
             path = directory / f"{share.info.keyring_id}-{share.info.set_id}-share-{share.info.number}.txt"
             with share_text(share, arena) as text:
                 _write_file(path, text, written)
         sync_directory(directory)
-        for share, path in zip(made, written, strict=True):
+        for share, path in zip(shares, written, strict=True):
             _check_file(path, share, arena)
     except BaseException:
         for path in written:

@@ -95,13 +95,13 @@ def invite(
 ) -> None:
     """Make the invitation of a new host. It has no secret, and nothing is kept of it."""
     with daemon.client() as kms:
-        made = kms.invite_replica()
-    _write(invitation, made)
+        content = kms.invite_replica()
+    _write(invitation, content)
     lines = (
         f"Made {invitation}. Copy it to the new host, and run there:",
         f"  minikms replica join --invitation {shlex.quote(invitation.name)} --name NAME",
     )
-    print_result(made, lines, json=json)
+    print_result(content, lines, json=json)
 
 
 @app.command
@@ -127,9 +127,9 @@ def join(
     if os.path.lexists(request):
         raise CommandError(f"{request} exists already: name another file with --request")
     root = files.root_key.required_provider(directory)
-    asked = join_replica(directory, root, invited, name, key_file=chosen_key_file(files.root_key))
-    _write(request, asked)
-    digest = members.newcomer(asked).digest
+    joining = join_replica(directory, root, invited, name, key_file=chosen_key_file(files.root_key))
+    _write(request, joining)
+    digest = members.newcomer(joining).digest
     lines = (
         f"Made {request}. Its fingerprint is",
         f"  {' '.join(wrap(digest, DIGEST_GROUP_CHARS))}",
@@ -138,16 +138,16 @@ def join(
         "Then here, as a user whom the database accepts; give the daemon's user the files, and start both services:",
         f"  minikms-replicator fetch --data-dir {shlex.quote(directory)}",
     )
-    print_result({"request": str(request), "member_id": asked.member_id, "digest": digest}, lines, json=json)
+    print_result({"request": str(request), "member_id": joining.member_id, "digest": digest}, lines, json=json)
 
 
 @app.command
 def add(request: RequestFile, *, daemon: DaemonFlags = DaemonFlags(), yes: Yes = False, json: Json = False) -> None:
     """Add a host. Compare the fingerprint with the one on its screen: its root key opens the keyring from then on."""
-    asked = read_request(request)
+    joining = read_request(request)
     with daemon.client() as kms:
-        confirm_request(asked, yes=yes)
-        added = kms.add_replica(asked)
+        confirm_request(joining, yes=yes)
+        added = kms.add_replica(joining)
     lines = (
         f"Added {added.name}, {added.member_id}. Its root key {added.fingerprint} opens the keyring, as slot "
         f"{added.slot_id}.",
@@ -203,10 +203,10 @@ def remove(
 ) -> None:
     """Remove a host and its root key. Keyring key and audit key are replaced at once, and the KEK is rotated."""
     with daemon.client() as kms:
-        found = next((one for one in kms.replica_status().members if host in (one.member_id, one.name)), None)
-        what = host if found is None else f"{found.name}, {found.member_id}"
+        member = next((one for one in kms.replica_status().members if host in (one.member_id, one.name)), None)
+        what = host if member is None else f"{member.name}, {member.member_id}"
         confirm(f"Remove the host {what}? Its root key can't be added again.", yes=yes)
-        removed = kms.remove_replica(host if found is None else found.member_id)
+        removed = kms.remove_replica(host if member is None else member.member_id)
     if removed.fingerprint:
         said = f"Removed {removed.name}. Its root key {removed.fingerprint} opens no later keyring."
     else:
@@ -263,8 +263,8 @@ def promote(
     elif serves:
         print(f"This host, {state.member_id}, serves in term {state.term}.")
     if not serves:
-        why = f": {state.why}" if state.why else ""
-        complain(f"this host does not serve yet, its mode is {state.mode}{why}. See minikms replica status")
+        reason = f": {state.why}" if state.why else ""
+        complain(f"this host does not serve yet, its mode is {state.mode}{reason}. See minikms replica status")
     return EXIT_GOOD if serves else EXIT_FAILED
 
 
@@ -307,10 +307,10 @@ def evidence(*files: EvidenceFile, data_dir: DataDir = None, json: Json = False)
     from minikms import api
 
     if not files:
-        shown = _evidence(chosen_data_dir(data_dir))
-        keys = f"{len(shown.keys):,} and {len(shown.destroyed):,} destroyed"
-        lines = f"{shown.name}: term {shown.term}, change {shown.number:,}, keys: {keys}"
-        print_result(shown, lines, json=json)
+        local = _evidence(chosen_data_dir(data_dir))
+        keys = f"{len(local.keys):,} and {len(local.destroyed):,} destroyed"
+        lines = f"{local.name}: term {local.term}, change {local.number:,}, keys: {keys}"
+        print_result(local, lines, json=json)
         return EXIT_GOOD
     holders = [_read(path, api.ReplicaEvidence, EVIDENCE_BYTES_MAX) for path in files]
     if len({one.keyring_id for one in holders if one.keyring_id}) > 1:  # an empty database has none
@@ -395,12 +395,12 @@ def _evidence(directory: str) -> api.ReplicaEvidence:
         raise CommandError(f"{directory} is not that of one of several hosts, or has no keyring yet")
     body = keyring.parse_file(data)[0]
     destroyed = tombstone_file.read_tombstones(content, body, None).keys()
-    gone = set(map(bytes_to_key_id, destroyed))
+    destroyed_ids = set(map(bytes_to_key_id, destroyed))
     with SettledKeys(directory) as settled:
         keys = {
             key.key_id: DAMAGED if isinstance(key.record, KmsRefusedError) else hashlib.sha256(key.content).hexdigest()
             for key in settled.each(settled.key_ids())
-            if key.key_id not in gone
+            if key.key_id not in destroyed_ids
         }
     mark = stored.mark
     return api.ReplicaEvidence(
@@ -442,13 +442,13 @@ def read_request(path: Path) -> api.AddReplicaRequest:
     return _read(path, api.AddReplicaRequest)
 
 
-def confirm_request(asked: api.AddReplicaRequest, *, yes: bool) -> None:
+def confirm_request(joining: api.AddReplicaRequest, *, yes: bool) -> None:
     """Asks whether the new host shows the same fingerprint. Raises CommandError."""
     from minikms.keys import members
 
-    shown = " ".join(wrap(members.newcomer(asked).digest, DIGEST_GROUP_CHARS))
+    digest = " ".join(wrap(members.newcomer(joining).digest, DIGEST_GROUP_CHARS))
     confirm(
-        f"The host {clean(asked.name)} asks to be added. The fingerprint of its request is\n  {shown}\n"
+        f"The host {clean(joining.name)} asks to be added. The fingerprint of its request is\n  {digest}\n"
         "Does the screen of that host show the same?",
         yes=yes,
     )

@@ -114,9 +114,10 @@ def _add_in_shares(
     if pin is not None:
         check_can_pin(pin)
     with daemon.client() as kms:
-        added, made = add_shares(kms, counts, directory, pin, yes=yes)
+        added, shares = add_shares(kms, counts, directory, pin, yes=yes)
     lines = [
-        f"Slot {added.slot_id}: any {made.threshold} of {made.count} shares of the set {made.set_id} open the keyring."
+        f"Slot {added.slot_id}: any {shares.threshold} of {shares.count} shares of the set {shares.set_id} open the "
+        "keyring."
     ]
     if directory is not None:
         lines.append(f"They are in {directory}, one file a share: give each to another person, and remove it here.")
@@ -154,9 +155,13 @@ def remove(slot: Slot, *, daemon: DaemonFlags = DaemonFlags(), yes: Yes = False,
     Until that has ended, `minikms root list` shows the root key as `revoking`.
     """
     with daemon.client() as kms:
-        found = next((root for root in kms.list_roots().roots if root.slot_id == slot), None)
-        what = f"slot {slot}" if found is None else f"slot {slot}, the root key {found.fingerprint} ({found.provider})"
-        if found is not None and found.in_use:
+        root_key = next((root for root in kms.list_roots().roots if root.slot_id == slot), None)
+        what = (
+            f"slot {slot}"
+            if root_key is None
+            else f"slot {slot}, the root key {root_key.fingerprint} ({root_key.provider})"
+        )
+        if root_key is not None and root_key.in_use:
             what += ", under which the daemon was started: its next start needs another one"
         confirm(f"Remove {what}? It can't be added again.", yes=yes)
         removed = kms.remove_root(slot)

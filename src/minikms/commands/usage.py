@@ -115,12 +115,12 @@ INTERVAL_SECONDS: Final = 2.0
 _WRITABLE_BY_OTHERS: Final = stat.S_IWGRP | stat.S_IWOTH
 
 
-def found_socket(given: str | None, *, look: bool = True) -> str | None:
+def found_socket(flag: str | None, *, look: bool = True) -> str | None:
     """The daemon's socket: the flag's, else a variable's, else the first place where there is one: then it says so.
     Without `look` the places are left out. Whoever made the socket, a client sends nothing before it has checked the
     user that serves it.
     """
-    named = given or next(filter(None, map(os.environ.get, SOCKET_VARIABLES)), None)
+    named = flag or next(filter(None, map(os.environ.get, SOCKET_VARIABLES)), None)
     if named or not look:
         return named
     places = [path for path in OWN_SOCKETS if is_own(path, stat.S_ISSOCK)] + [PACKAGE_SOCKET] * os.path.lexists(
@@ -158,11 +158,11 @@ def is_own(path: str, has_kind: Callable[[int], bool]) -> bool:
     """Whether it is of this user and kind, below directories of this user that no other one can write to."""
     parts = path.split("/")
     try:
-        found = [os.lstat("/".join(parts[:count])) for count in range(1, len(parts) + 1)]
+        entries = [os.lstat("/".join(parts[:count])) for count in range(1, len(parts) + 1)]
     except OSError:
         return False
-    closed = all(stat.S_ISDIR(entry.st_mode) and not entry.st_mode & _WRITABLE_BY_OTHERS for entry in found[:-1])
-    return closed and has_kind(found[-1].st_mode) and {entry.st_uid for entry in found} == {os.geteuid()}
+    closed = all(stat.S_ISDIR(entry.st_mode) and not entry.st_mode & _WRITABLE_BY_OTHERS for entry in entries[:-1])
+    return closed and has_kind(entries[-1].st_mode) and {entry.st_uid for entry in entries} == {os.geteuid()}
 
 
 def new_app(name: str, about: str, epilogue: str) -> App:
@@ -289,13 +289,13 @@ def unknown_command(program: str, words: list[str], commands: Sequence[str]) -> 
     return f"there is no command {words[0]!r}. {meant}"
 
 
-def server_uids(given: int | None) -> frozenset[int] | None:
+def server_uids(flag: int | None) -> frozenset[int] | None:
     """The users that may serve the socket: the flag's, else those of the variable, else None for the default.
 
     Raises ValueError for a variable that isn't a list of numbers.
     """
-    if given is not None:
-        return frozenset({given})
+    if flag is not None:
+        return frozenset({flag})
     words = [word.strip() for word in os.environ.get(SERVER_UIDS_VARIABLE, "").split(",") if word.strip()]
     if not all(word.isascii() and word.isdigit() for word in words):
         raise ValueError(f"{SERVER_UIDS_VARIABLE} must be user ids separated by commas, as in 991,0")
@@ -345,14 +345,14 @@ def prepared(app: App, words: list[str]) -> list[str]:
     elif words[:1] == ["version"]:
         words = ["--version"]
     named = [word for word in words if word not in ("--help", "-h")]
-    asked = len(named) < len(words)
-    if not asked and words and words[0].startswith("-"):
+    wants_help = len(named) < len(words)
+    if not wants_help and words and words[0].startswith("-"):
         return words
     _, chain, rest = app.parse_commands(named)
     command = chain[-1]
     configured = bool(words) or any(name.startswith(("MINIKMS_", "PROGRESSDB_")) for name in os.environ)
-    incomplete = not asked and not rest and (command.default_command is None or not configured)
-    if (asked or incomplete) and command is not app:
+    incomplete = not wants_help and not rest and (command.default_command is None or not configured)
+    if (wants_help or incomplete) and command is not app:
         import inspect
 
         text = _unwrapped((command.default_command and inspect.getdoc(command.default_command)) or "")

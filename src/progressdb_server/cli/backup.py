@@ -180,15 +180,15 @@ def list_registered(*, url: ConfiguredUrl = None, flags: StoreFlags = StoreFlags
             return [{name: getattr(known, name) for name in names} async for known in register.registered()]
 
     try:
-        found = asyncio.run(offline())
+        backups = asyncio.run(offline())
     except StoreLockedError:
-        found = AdminClient.from_config(chosen, url).call("GET", "/admin/store_backups")["backups"]
+        backups = AdminClient.from_config(chosen, url).call("GET", "/admin/store_backups")["backups"]
     lines = []
-    for known in found:
+    for known in backups:
         when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         place = known["path"] + ("  not found there" if known["gone"] else "")
         lines.append(f"{known['name']}  {when}  {'of the database' if known.get('of_database') else place}")
-    print_result(found, lines or "no backup is registered", json=json)
+    print_result(backups, lines or "no backup is registered", json=json)
 
 
 @app.command(name="forget")
@@ -331,9 +331,9 @@ async def _register(config: Config) -> AsyncIterator[Backups]:
 
 def _minikms(words: list[str], config: Config, master_key_fd: int | None, page: dict[str, Any] | None) -> int:
     """Run `minikms backup …` as the last step. With a page, its result becomes part of it, and the page is printed."""
-    found, exit_status = _run_minikms(words, config, master_key_fd, json=page is not None)
+    result, exit_status = _run_minikms(words, config, master_key_fd, json=page is not None)
     if page is not None:
-        page["key_service"] = found
+        page["key_service"] = result
         print_json(page)
     return exit_status
 

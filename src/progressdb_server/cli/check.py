@@ -63,7 +63,7 @@ def check(
     try:
         if repair:
             dropped, fixed = asyncio.run(_repair(chosen, path, drop=drop_damaged))
-        found, counts, opened = asyncio.run(examine(chosen, path))
+        problems, counts, opened = asyncio.run(examine(chosen, path))
     except StoreLockedError:
         raise CommandError("the server has the store open: stop it for a repair, or check without --repair") from None
     except StoreDamagedError as error:
@@ -75,10 +75,10 @@ def check(
         "counts": counts,
         "dropped": [_as_json(finding) for finding in dropped],
         "repaired": [_as_json(finding) for finding in fixed],
-        "findings": [_as_json(finding) for finding in found],
+        "findings": [_as_json(finding) for finding in problems],
     }
-    print_result(page, _lines(dropped, fixed, found, counts, opened=opened), json=json)
-    if found:
+    print_result(page, _lines(dropped, fixed, problems, counts, opened=opened), json=json)
+    if problems:
         return EXIT_FAILED
     return EXIT_GOOD if opened else EXIT_MISSING
 
@@ -128,22 +128,22 @@ def _as_json(finding: Problem) -> dict[str, object]:
 
 
 def _lines(
-    dropped: list[Problem], fixed: list[Problem], found: list[Problem], counts: dict[str, int], *, opened: bool
+    dropped: list[Problem], fixed: list[Problem], problems: list[Problem], counts: dict[str, int], *, opened: bool
 ) -> Iterator[str]:
     for finding in dropped:
         yield f"dropped: {finding.key}: {finding.detail}"
     for finding in fixed:
         yield f"repaired: {finding.kind}: {finding.key}: {finding.detail}"
-    for finding in found:
+    for finding in problems:
         way_out = "; progressdb check --repair mends it" if finding.fix else ""
         yield f"{finding.kind}: {finding.key}: {finding.detail}{way_out}"
-    if any(finding.kind == "lost" for finding in found):
+    if any(finding.kind == "lost" for finding in problems):
         yield WAYS_OUT
     versions = counted(counts.get("messages", 0), "stored version")
     yield f"{counted(counts.get('threads', 0), 'thread')}, {versions} of messages"
     if not opened:
         yield "no key service answered, so no record was decrypted: start it, and check again"
-    if found:
-        yield f"{len(found)} finding(s)"
+    if problems:
+        yield f"{len(problems)} finding(s)"
     elif opened:
         yield "all is right"

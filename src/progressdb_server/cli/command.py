@@ -92,10 +92,10 @@ def run(master_key_fd: int | None) -> None:
         if unknown := usage.unknown_command("progressdb", words, ["serve", *COMMANDS]):
             raise CommandError(unknown)
         command, bound, unparsed = app.parse_args(words, print_error=False, exit_on_error=False)
-        given = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
-        if not given and master_key_fd is not None:
+        key_argument = {"master_key_fd": master_key_fd} if "master_key_fd" in unparsed else {}
+        if not key_argument and master_key_fd is not None:
             os.close(master_key_fd)  # this command needs no key
-        return command(*bound.args, **bound.kwargs, **given)
+        return command(*bound.args, **bound.kwargs, **key_argument)
 
     usage.run("progressdb", run_command, _explained)
 

@@ -99,8 +99,8 @@ def tls_warning(tls: TlsSection, now_s: float) -> str:
 def setting_lines(loaded: LoadedConfig) -> Iterator[str]:
     """One printed line for each setting."""
     for path, value in _settings(loaded.config):
-        shown = f"{value} configured" if path in _counted(loaded.config) else encoder.dumps(value, ensure_ascii=False)
-        yield f"{path} = {shown}  ({loaded.sources.get(path, 'default')})"
+        text = f"{value} configured" if path in _counted(loaded.config) else encoder.dumps(value, ensure_ascii=False)
+        yield f"{path} = {text}  ({loaded.sources.get(path, 'default')})"
 
 
 def _counted(config: Config) -> frozenset[str]:

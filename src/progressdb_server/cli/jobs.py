@@ -57,13 +57,13 @@ def rotate_dek(
         progressdb rotate-dek thread-1 thread-2
         progressdb rotate-dek --older-than 90d
     """
-    asked: dict[str, object] = {
+    selections: dict[str, object] = {
         "thread_ids": list(threads),
         "all": all_threads,
         "older_than": older_than,
         "kek_version": kek_version,
     }
-    chosen = {name: value for name, value in asked.items() if value}
+    chosen = {name: value for name, value in selections.items() if value}
     if len(chosen) != 1:
         raise CommandError("name threads, or give one of --all, --older-than and --kek-version")
     client = admin.client()

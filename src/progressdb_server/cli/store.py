@@ -37,16 +37,16 @@ def init(
     json: Json = False,
 ) -> None:
     """Make the tables in an empty database."""
-    found = _url(url, config)
-    asyncio.run(places.module_of(found, "tables").init(found, role))
+    store_url = _url(url, config)
+    asyncio.run(places.module_of(store_url, "tables").init(store_url, role))
     print_result({"made": True}, "the store is made", json=json)
 
 
 @app.command(name="upgrade")
 def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -> None:
     """Bring the tables to this version. Servers of an earlier version write nothing from then on."""
-    found = _url(url, config)
-    before, after = asyncio.run(places.module_of(found, "tables").upgrade(found))
+    store_url = _url(url, config)
+    before, after = asyncio.run(places.module_of(store_url, "tables").upgrade(store_url))
     said = f"the store has schema {after}" + ("" if after == before else f", and had {before}")
     print_result({"schema": after, "before": before}, said, json=json)
 
@@ -81,7 +81,7 @@ def copy(
 
 
 def _url(url: str | None, config: ConfigFile) -> str:
-    found = url or StoreFlags(config=config).load(with_data=False).config.store.url
-    if not found:
+    store_url = url or StoreFlags(config=config).load(with_data=False).config.store.url
+    if not store_url:
         raise CommandError("no database is named: use --url, PROGRESSDB_STORE_URL or store.url")
-    return found
+    return store_url

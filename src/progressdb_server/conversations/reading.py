@@ -534,7 +534,7 @@ class Reading:
         """The versions at these stamps, each with the stamp of its message's first version, in order, up to
         PAGE_BYTES_MAX; and whether that is all of them. They are opened in batches of LIST_BYTES_MAX, as lists are."""
         records = keyspace.messages(thread)
-        shown: list[StoredVersion] = []
+        page: list[StoredVersion] = []
         batch: list[LoadedVersion] = []
         size = shown_bytes = 0
         near = await self._with_far(records, [stamp for stamp, _ in stamps])
@@ -547,11 +547,11 @@ class Reading:
                 versions = await self._open_each(thread, batch) if opened else [_not_opened(one) for one in batch]
                 for loaded, one in zip(batch, versions, strict=True):
                     key_id = loaded.own.header.key_id if loaded.own.header is not None else ""
-                    shown.append(StoredVersion(_listed(thread, loaded, one), key_id, len(stamps)))
+                    page.append(StoredVersion(_listed(thread, loaded, one), key_id, len(stamps)))
                 batch, size = [], 0
             if is_full:
                 break
-        return shown, len(shown) == len(stamps)
+        return page, len(page) == len(stamps)
 
     async def _count_versions(self, message: str, versions_max: int) -> int:
         prefix = keyspace.versions(message)

@@ -163,8 +163,8 @@ class Conversations:
                 _log.warning("kms_sealed", reason=SEALED)
                 self.sealer.halt_sealed()
             if status.status not in ("ok", api.CODE_SEALED):
-                why = status.reason or status.status or "it reports no status"
-                raise StoreUnavailableError(f"the key service can't serve: {why}")
+                reason = status.reason or status.status or "it reports no status"
+                raise StoreUnavailableError(f"the key service can't serve: {reason}")
             await self._judge_emptiness(status)
         except KmsError as error:
             if not isinstance(error, KmsRefusedError) or fault(error) is Fault.SERVICE:

@@ -187,8 +187,8 @@ class ThreadPurge(WorkingKind):
             answer = await self.provider.destroy_key(key_id, thread_id=thread, request_id=row.job.id)
             archives |= dict.fromkeys(answer.archives)
         purging.forget(thread)
-        kept = [f"; archives that may hold them: {_few(list(archives))}"] * bool(archives)
-        receipt = "".join((f"keys destroyed: {_few(names)}", *kept))
+        note = [f"; archives that may hold them: {_few(list(archives))}"] * bool(archives)
+        receipt = "".join((f"keys destroyed: {_few(names)}", *note))
         return await self.table.store(row, changed(row.job, destroyed_ns=self.table.now_ns(), receipt=receipt))
 
     async def _opening(self, thread: str, records: Sequence[Record], key_ids: Collection[str]) -> set[str]:

@@ -155,8 +155,8 @@ class KeyRotation(WorkingKind):
                     continue
                 if await self.store.rekeying.key_of_thread(key.thread_id) != key.key_id:
                     continue
-                if why := due.why(key, now_ns) or await self._worn(key, due.uses):
-                    yield key.thread_id, why
+                if reason := due.why(key, now_ns) or await self._worn(key, due.uses):
+                    yield key.thread_id, reason
             if page.next_cursor is not None:
                 await asyncio.sleep(PAGE_PAUSE_S)
 
@@ -185,10 +185,10 @@ class KeyRotation(WorkingKind):
         if due == Due():
             return
         destroy_after_s = self.settings.destroy_old_after_s
-        async for thread, why in self.due_threads(due, self.table.now_ns()):
+        async for thread, reason in self.due_threads(due, self.table.now_ns()):
             await self.runner.place()
             with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour
-                await self.rotate(thread, destroy_after_s=destroy_after_s, trigger=f"max_{why}", later=True)
+                await self.rotate(thread, destroy_after_s=destroy_after_s, trigger=f"max_{reason}", later=True)
 
     async def resume(self, job: Job) -> Job:
         if job.restored_ns:

@@ -176,6 +176,6 @@ SHOWN: Final = _SHOWN_FIRST | {
 
 def view(job: Job) -> dict[str, object]:
     """What an operator sees of a job."""
-    shown: dict[str, object] = {shown: getattr(job, name) for name, shown in SHOWN.items()}
+    fields: dict[str, object] = {public_name: getattr(job, name) for name, public_name in SHOWN.items()}
     failures = [msgspec.structs.asdict(failure) for failure in job.failures]
-    return {**shown, "total": max(job.total, job.done + job.failed), "failures": failures}
+    return {**fields, "total": max(job.total, job.done + job.failed), "failures": failures}

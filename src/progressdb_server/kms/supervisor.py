@@ -107,8 +107,8 @@ class ChildOptions:
 
 def environment(own: Mapping[str, str], uid: int) -> dict[str, str]:
     """The child's environment: nothing secret, and the server's uid as the one that it serves."""
-    kept = {name: own[name] for name in _KEPT_VARIABLES if name in own}
-    return {**kept, "PROGRESSDB_MINIKMS_ALLOWED_UIDS": str(uid)}
+    variables = {name: own[name] for name in _KEPT_VARIABLES if name in own}
+    return {**variables, "PROGRESSDB_MINIKMS_ALLOWED_UIDS": str(uid)}
 
 
 class Lines:
@@ -266,13 +266,13 @@ class Supervisor:
     async def start(self) -> None:
         """Returns once a miniKMS answers. Raises SupervisorError when none does; nothing is left running then."""
         try:
-            found = await self._find_or_start(FOUND_S_MAX)
+            is_answering = await self._find_or_start(FOUND_S_MAX)
         except BaseException:
             await self.stop()
             raise
         finally:
             self._close_key()
-        if not found:
+        if not is_answering:
             await self.stop()
             raise SupervisorError(f"no miniKMS at {self._options.socket_path}: {self._reason}", self._exit_status)
         self._starting = False

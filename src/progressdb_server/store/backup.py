@@ -313,10 +313,10 @@ def restore(path: str, target: str) -> Manifest:
         _copy(os.path.join(path, STORE, _CURRENT), os.path.join(target, _CURRENT))
         sync_directory(target)
     except OSError as error:
-        why = f"{error.strerror} ({error.filename})"
+        reason = f"{error.strerror} ({error.filename})"
         if isinstance(error, PermissionError):
-            why += ": the directory must belong to the server's user, who runs this"
-        raise BackupError(f"restoring to {target} failed: {why}") from error
+            reason += ": the directory must belong to the server's user, who runs this"
+        raise BackupError(f"restoring to {target} failed: {reason}") from error
     return manifest
 
 

@@ -306,9 +306,9 @@ class StoreWriter(ABC):
         something outside the store calls this before it. If the last group failed, this makes an empty write to test
         the disk.
         """
-        why = self._refusal(0)
-        if why:
-            raise self._refused(why)
+        reason = self._refusal(0)
+        if reason is not None:
+            raise self._refused(reason)
         if self._last_group_failed:
             await self.barrier()
 
@@ -338,9 +338,9 @@ class StoreWriter(ABC):
             del self._ordered[pending.order_key]
 
     def _enqueue(self, pending: PendingWrite) -> None:
-        why = self._refusal(pending.size)
-        if why:
-            _refuse(pending, self._refused(why))
+        reason = self._refusal(pending.size)
+        if reason is not None:
+            _refuse(pending, self._refused(reason))
             return
         self._queue.add(pending)
         if self._gathering.waiting is not None and self._queue.fills_a_group:
@@ -349,20 +349,20 @@ class StoreWriter(ABC):
             # It starts in the loop's next iteration, so that the writes of this one form a group.
             self._drain = asyncio.get_running_loop().create_task(self._run())
 
-    def _refusal(self, size: int) -> str:
-        """Why a write of `size` bytes is refused now; empty if it is accepted."""
+    def _refusal(self, size: int) -> str | None:
+        """The reason for which a write of `size` bytes is refused now; None if it is accepted."""
         if self._read_only:
             return self._read_only
         if self._recovery is not None or self._closed:
             return self.away
-        return "" if self._queue.fits(size) else "too many writes are waiting"
+        return None if self._queue.fits(size) else "too many writes are waiting"
 
-    def _refused(self, why: str) -> NotWrittenError:
-        return StoreReadOnlyError(why) if self._read_only else NotWrittenError(why)
+    def _refused(self, reason: str) -> NotWrittenError:
+        return StoreReadOnlyError(reason) if self._read_only else NotWrittenError(reason)
 
-    def _refuse_queue(self, why: str) -> None:
+    def _refuse_queue(self, reason: str) -> None:
         for pending in self._queue.take_all():
-            _refuse(pending, self._refused(why))
+            _refuse(pending, self._refused(reason))
 
     # --- groups ---------------------------------------------------------------------------------------------------
     async def _run(self) -> None:

@@ -60,24 +60,24 @@ def read_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, bytes | N
 
     If any name is repeated, the headers that the API does not act on are left out.
     """
-    found: Headers = dict(raw)
-    if len(found) == len(raw):
-        return found, None
-    found.clear()
+    headers: Headers = dict(raw)
+    if len(headers) == len(raw):
+        return headers, None
+    headers.clear()
     repeated: set[bytes] | None = None
     for name, value in raw:
         if name not in _READ:
             continue
-        if name in found:
+        if name in headers:
             repeated = {name} if repeated is None else repeated | {name}
         else:
-            found[name] = value
+            headers[name] = value
     if repeated is None:
-        return found, None
+        return headers, None
     for name in repeated & _HARMLESS:
-        del found[name]
+        del headers[name]
     refused = sorted(repeated - _HARMLESS)
-    return found, refused[0] if refused else None
+    return headers, refused[0] if refused else None
 
 
 def header_text(value: bytes, name: str) -> str:
@@ -153,9 +153,9 @@ _numbers: Final = itertools.count(1)
 
 def request_id(headers: Headers) -> str:
     """The caller's own request id if it is valid, otherwise a new one that is unique across restarts."""
-    given = headers.get(REQUEST_ID)
-    if given is not None and given.isascii():
-        text = given.decode("ascii")
+    own = headers.get(REQUEST_ID)
+    if own is not None and own.isascii():
+        text = own.decode("ascii")
         if kms_api.REQUEST_ID_PATTERN.fullmatch(text):
             return text
     return f"r-{_process_id}-{next(_numbers)}"

@@ -101,11 +101,11 @@ class KeyTable:
     def find(self, presented: bytes) -> Caller | None:
         """The caller of a presented key; None if no configured key is equal to it."""
         digest = hashlib.sha256(presented).digest()
-        found = None
+        match = None
         for expected, caller in self._entries:
             if hmac.compare_digest(expected, digest):
-                found = caller
-        return found
+                match = caller
+        return match
 
     def verifies(self, user_id: str, signature: bytes) -> bool:
         """Whether one of the backend keys made this signature."""
@@ -189,7 +189,7 @@ def resolve_author(
             raise forbidden(OTHER_AUTHOR_IN_BODY)
         return user
     in_header = headers.get(head.USER_ID)
-    given = (body_author, head.header_text(in_header, "X-User-ID") if in_header else None, in_query)
+    authors = (body_author, head.header_text(in_header, "X-User-ID") if in_header else None, in_query)
     # All are checked, also those that are not used: whether a value is refused must not depend on the other two.
-    checked = [checked_author(author) for author in given if author]
+    checked = [checked_author(author) for author in authors if author]
     return checked[0] if checked else None

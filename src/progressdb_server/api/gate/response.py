@@ -163,7 +163,7 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
     pending = bytearray(listed.prefix)
     empty = True
     started = False
-    gone: asyncio.Task[None] | None = None
+    disconnected: asyncio.Task[None] | None = None
     try:
         async for chunk in listed.chunks:
             if chunk:
@@ -171,9 +171,9 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
                 empty = False
                 if len(pending) < limits.LIST_BUFFER_BYTES_MAX:
                     continue
-            if gone is None:
-                gone = asyncio.create_task(_disconnected(receive))
-            elif gone.done():
+            if disconnected is None:
+                disconnected = asyncio.create_task(_disconnected(receive))
+            elif disconnected.done():
                 return  # the client has closed its connection
             if empty or not pending:
                 continue
@@ -188,8 +188,8 @@ async def send_list(listed: JsonList, receive: Receive, send: Send) -> None:
             await send(_start(200, [_JSON, *listed.headers, (b"content-length", b"%d" % len(pending))]))
         await send({"type": "http.response.body", "body": bytes(pending)})
     finally:
-        if gone is not None:
-            gone.cancel()
+        if disconnected is not None:
+            disconnected.cancel()
         close = getattr(listed.chunks, "aclose", None)
         if close is not None:
             await close()
@@ -202,13 +202,13 @@ async def send_events(stream: EventStream, receive: Receive, send: Send) -> None
     `send_list`.
     """
     await send(_start(200, [_EVENTS, (b"cache-control", b"no-store")]))
-    gone = asyncio.create_task(_disconnected(receive))
+    disconnected = asyncio.create_task(_disconnected(receive))
     upcoming: asyncio.Task[bytes | None] | None = None
     try:
         while True:
             upcoming = upcoming or asyncio.create_task(_next(stream.events))
-            await asyncio.wait({gone, upcoming}, timeout=EVENT_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
-            if gone.done():
+            await asyncio.wait({disconnected, upcoming}, timeout=EVENT_SILENCE_S, return_when=asyncio.FIRST_COMPLETED)
+            if disconnected.done():
                 return
             if not upcoming.done():
                 await _send_part(b": still here\n\n", send)
@@ -219,7 +219,7 @@ async def send_events(stream: EventStream, receive: Receive, send: Send) -> None
                 return
             await _send_part(event, send)
     finally:
-        gone.cancel()
+        disconnected.cancel()
         if upcoming is not None:
             upcoming.cancel()
             await asyncio.gather(upcoming, return_exceptions=True)

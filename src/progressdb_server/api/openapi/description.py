@@ -146,14 +146,14 @@ class Operation(msgspec.Struct, frozen=True):
 def operations_of(*handlers: object) -> tuple[Operation, ...]:
     """The operations of decorated functions, and of the decorated methods of other objects, in the order of their
     definition."""
-    found: list[Operation] = []
+    operations: list[Operation] = []
     for owner in handlers:
         functions = {"": owner} if callable(owner) else dict(vars(type(owner)))
         for name, function in functions.items():  # never an attribute of the object itself, which could be computed
             for operation in getattr(function, "operations", ()):
                 handler = getattr(owner, name) if name else owner
-                found.append(msgspec.structs.replace(operation, handler=handler))
-    return tuple(found)
+                operations.append(msgspec.structs.replace(operation, handler=handler))
+    return tuple(operations)
 
 
 _TAGS: Final = tuple(

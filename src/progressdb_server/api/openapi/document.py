@@ -174,7 +174,7 @@ def documented_path(operation: Operation) -> str:
 
 def _operation(operation: Operation) -> dict[str, Any]:
     path = documented_path(operation)
-    made: dict[str, Any] = {
+    described: dict[str, Any] = {
         "tags": [operation.tag],
         "summary": operation.summary,
         "operationId": _operation_id(operation.method, path),
@@ -184,25 +184,25 @@ def _operation(operation: Operation) -> dict[str, Any]:
     parameters = [_path_parameter(name, operation) for name in names]
     parameters += [_parameter(parameter) for parameter in _taken(operation)]
     if parameters:
-        made["parameters"] = parameters
+        described["parameters"] = parameters
     if operation.body is not None:
-        made["requestBody"] = {
+        described["requestBody"] = {
             "description": _BODY_BOUND.format(REQUEST_BYTES_MAX),
             "required": True,
             "content": {"application/json": {"schema": _body_schema(operation.body)}},
         }
     if operation.form is not None:
-        made["requestBody"] = {
+        described["requestBody"] = {
             "description": _BODY_BOUND.format(limits.FORM_BYTES_MAX),
             "required": True,
             "content": {"application/x-www-form-urlencoded": {"schema": operation.form}},
         }
-    made["responses"] = _responses(operation)
+    described["responses"] = _responses(operation)
     if is_open(path):
-        made["security"] = [{"viewerSession": []}, {}] if operation.tag == "viewer" else []
+        described["security"] = [{"viewerSession": []}, {}] if operation.tag == "viewer" else []
     elif not for_users(path):
-        made["security"] = _KEYED
-    return made
+        described["security"] = _KEYED
+    return described
 
 
 def _who(path: str, roles: frozenset[Role]) -> str:
@@ -247,10 +247,10 @@ def _body_schema(body: JsonBody) -> Schema:
     if not set(body.checks) <= set(schema["properties"]):
         raise DescriptionError(f"{body.struct.__name__} has no field {sorted(body.checks)}")
     required = [*schema.get("required", ()), *body.required]
-    made: Schema = {"type": "object", "properties": properties, **body.extra}
+    body_schema: Schema = {"type": "object", "properties": properties, **body.extra}
     if "additionalProperties" in schema:
-        made["additionalProperties"] = schema["additionalProperties"]
-    return {**made, "required": required} if required else made
+        body_schema["additionalProperties"] = schema["additionalProperties"]
+    return {**body_schema, "required": required} if required else body_schema
 
 
 def _responses(operation: Operation) -> dict[str, Any]:
@@ -278,12 +278,12 @@ def _responses(operation: Operation) -> dict[str, Any]:
 def error_texts(operation: Operation) -> dict[int, tuple[str, ...]]:
     """The sentences of all errors by status: those of the operation, and those of the checks before it."""
     path = documented_path(operation)
-    found: dict[int, list[str]] = {
+    texts: dict[int, list[str]] = {
         status: list(sentences) for status, sentences in operation.errors.items() if sentences
     }
 
     def add(status: int, *sentences: str) -> None:
-        found.setdefault(status, []).extend(sentences)
+        texts.setdefault(status, []).extend(sentences)
 
     for error in operation.raises:
         add(error.status, error.text)
@@ -300,7 +300,7 @@ def error_texts(operation: Operation) -> dict[int, tuple[str, ...]]:
     if "key service" in operation.needs:
         add(503, "the key service is not available now", SEALED)
     if operation.body is not None:
-        if not any(sentence.startswith("invalid ") for sentence in found[400]):
+        if not any(sentence.startswith("invalid ") for sentence in texts[400]):
             add(400, INVALID_JSON)
         add(413, TOO_LARGE)
         add(503, BODIES_FULL)
@@ -309,17 +309,17 @@ def error_texts(operation: Operation) -> dict[int, tuple[str, ...]]:
     if for_users(path) and any(parameter.name == "author" for parameter in _taken(operation)):
         add(400, AUTHOR_TOO_LONG, AUTHOR_CONTROL_CHARACTER)
         add(403, OTHER_AUTHOR_IN_QUERY)
-    return {status: tuple(sentences) for status, sentences in found.items()}
+    return {status: tuple(sentences) for status, sentences in texts.items()}
 
 
 def _response(operation: Operation, status: int, schema: Schema | None) -> dict[str, Any]:
-    made: dict[str, Any] = {
+    response: dict[str, Any] = {
         "description": _STATUS_TEXTS[status],
         "headers": _response_headers(status, *operation.headers),
     }
     if schema is not None:
-        made["content"] = {operation.content_type: {"schema": schema}}
-    return made
+        response["content"] = {operation.content_type: {"schema": schema}}
+    return response
 
 
 def _response_headers(status: int, *more: Parameter) -> dict[str, Any]:

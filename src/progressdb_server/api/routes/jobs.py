@@ -201,7 +201,11 @@ class JobHandlers:
                 "kek_version": {"type": "integer", "minimum": 0, "maximum": KEK_VERSION_MAX},
                 "thread_ids": {"type": "array", "items": TEXT, "maxItems": THREADS_NAMED_MAX},
             },
-            extra={"oneOf": [{"properties": {name: given}, "required": [name]} for name, given in _SELECTIONS.items()]},
+            extra={
+                "oneOf": [
+                    {"properties": {name: selection}, "required": [name]} for name, selection in _SELECTIONS.items()
+                ]
+            },
         ),
         errors={
             400: (INVALID_REQUEST, TOO_MANY_THREADS),
@@ -250,17 +254,17 @@ class JobHandlers:
         page = _JOBS.read(request.query_params)
         return _JOBS.list(self._found(page, keeps), page)
 
-    async def _found(self, asked: Page | None, keeps: Callable[[Job], bool]) -> AsyncIterator[list[dict[str, object]]]:
-        left = 0 if asked is None else asked.limit
-        async for jobs in self._jobs.table.newest("" if asked is None else asked.cursor):
-            found = [job for job in jobs if keeps(job)]
-            if asked is not None:
-                found = found[:left]
-                left -= len(found)
+    async def _found(self, page: Page | None, keeps: Callable[[Job], bool]) -> AsyncIterator[list[dict[str, object]]]:
+        left = 0 if page is None else page.limit
+        async for jobs in self._jobs.table.newest("" if page is None else page.cursor):
+            matches = [job for job in jobs if keeps(job)]
+            if page is not None:
+                matches = matches[:left]
+                left -= len(matches)
                 if not left:
-                    asked.following = found[-1].id if found else ""
-            yield [view(job) for job in found]
-            if asked is not None and not left:
+                    page.following = matches[-1].id if matches else ""
+            yield [view(job) for job in matches]
+            if page is not None and not left:
                 return
 
     @_for_admins("GET", "/admin/jobs/{job}", response=_JOB, raises=(JobNotFoundError,))

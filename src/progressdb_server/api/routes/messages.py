@@ -500,9 +500,9 @@ class MessageHandlers:
             await check_message(self._store, request, latest)
         except (ApiError, MessageNotFoundError):
             return json_response({"id": message_id, "versions": []})
-        found = await self._store.reading.versions(message_id, limit=limit, before=before)
-        older = {"older": found.older} if found.older else {}
-        return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', found.chunks, lambda: older)
+        listed = await self._store.reading.versions(message_id, limit=limit, before=before)
+        older = {"older": listed.older} if listed.older else {}
+        return JsonList(b'{"id":' + encode_json(message_id) + b',"versions":[', listed.chunks, lambda: older)
 
     def _thread(self, request: ApiRequest) -> str | None:
         """The thread in the path; None for a path without one."""

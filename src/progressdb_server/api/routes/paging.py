@@ -50,9 +50,9 @@ class Paging(NamedTuple):
 
     @property
     def parameters(self) -> tuple[Parameter, Parameter]:
-        asked = f"Entries of one page, at most {PAGE_COUNT_MAX}; without it and `{self.cursor}`, the whole list."
+        limit = f"Entries of one page, at most {PAGE_COUNT_MAX}; without it and `{self.cursor}`, the whole list."
         return (
-            Parameter("limit", {"type": "integer", "minimum": 0}, asked),
+            Parameter("limit", {"type": "integer", "minimum": 0}, limit),
             Parameter(self.cursor, self._schema, f"The `{self.following}` of the page before."),
         )
 
@@ -62,8 +62,8 @@ class Paging(NamedTuple):
 
     def response(self, items: Schema) -> Schema:
         listed = list_of(self.items, items)
-        shown = {**self._schema, "description": f"`{self.cursor}` of the next page, absent on the last one."}
-        return {**listed, "properties": {**listed["properties"], self.following: shown}}
+        following = {**self._schema, "description": f"`{self.cursor}` of the next page, absent on the last one."}
+        return {**listed, "properties": {**listed["properties"], self.following: following}}
 
     def read(self, query: dict[str, str]) -> Page | None:
         """None for the whole list. Raises ApiError 400."""

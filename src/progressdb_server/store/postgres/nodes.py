@@ -56,8 +56,8 @@ _log = Log()
 
 def check_url(url: str) -> None:
     """Checks that the server may use a URL. Raises FormatError."""
-    if why := why_refused(url):
-        raise FormatError(f"store.url {why}")
+    if reason := why_refused(url):
+        raise FormatError(f"store.url {reason}")
 
 
 def now_s() -> float:

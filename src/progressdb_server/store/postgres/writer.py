@@ -218,10 +218,10 @@ def _may_be_stored(error: BaseException) -> bool:
     return code is None or code.startswith(_IN_DOUBT)
 
 
-def _refusal(error: BaseException) -> str:
-    """Why no other try is made; empty if one is."""
+def _refusal(error: BaseException) -> str | None:
+    """The reason for which no other try is made; None if one is."""
     code = error.sqlstate if isinstance(error, asyncpg.PostgresError) else None
-    return "" if code is None or code == TOO_MANY else REFUSED.get(code[:2], "")
+    return None if code is None or code == TOO_MANY else REFUSED.get(code[:2])
 
 
 async def find(nodes: Nodes, lock_s: float = LOCK_S_MAX) -> NodeConnection:
@@ -372,12 +372,12 @@ class PostgresWriter(StoreWriter):
                 if self._committing and _may_be_stored(error):
                     _log.error("store_commit_in_doubt", reason=connection.warned or type(error).__name__)
                     raise EngineUnavailableError(UNKNOWN) from error
-                why = _refusal(error)
+                reason = _refusal(error)
                 _log.warning(
                     "store_commit_refused", error=type(error).__name__, sqlstate=getattr(error, "sqlstate", None)
                 )
-                if why:
-                    raise NotWrittenError(why) from error
+                if reason is not None:
+                    raise NotWrittenError(reason) from error
             else:
                 self._nodes.confirmed(connection.node, began_s)
                 if await self._nodes.settled(connection.node):

@@ -337,8 +337,8 @@ class RocksEngine(RocksRead, LocalEngine):
         try:
             self._check_room(PROBE_BYTES)
         except EngineUnavailableError as error:
-            why = getattr(error.__cause__, "strerror", None) or "the reason is unknown"
-            raise EngineUnavailableError(f"the store's disk does not take writes: {why}") from error
+            reason = getattr(error.__cause__, "strerror", None) or "the reason is unknown"
+            raise EngineUnavailableError(f"the store's disk does not take writes: {reason}") from error
 
     def _check_room(self, wanted_bytes: int) -> None:
         """Checks that the disk takes so much now. Raises EngineUnavailableError."""
@@ -458,13 +458,13 @@ def up_to(upper: bytes, *, cached: bool) -> ReadOptions:
 
 def _until(entries: Iterator[tuple[bytes, bytes]], bytes_max: int) -> tuple[list[tuple[bytes, bytes]], bool]:
     """The entries up to `bytes_max`, and whether their values together have so much."""
-    taken: list[tuple[bytes, bytes]] = []
+    page: list[tuple[bytes, bytes]] = []
     for entry in entries:
-        taken.append(entry)
+        page.append(entry)
         bytes_max -= len(entry[1])
         if bytes_max <= 0:
-            return taken, True
-    return taken, False
+            return page, True
+    return page, False
 
 
 def failure(error: Exception) -> StoreUnavailableError:
