@@ -10,21 +10,30 @@ from typing import Final
 
 from minikms.api import Condition
 from minikms.conditions import KEY_SERVICE
+from progressdb_server.conditions import SERVER
 
 PROJECT: Final = Path(__file__).parents[1]
 PAGE: Final = PROJECT / "docs" / "conditions.md"
 ALERTS: Final = PROJECT / "deploy" / "prometheus" / "alerts.yml"
-LISTS: Final = {"The key service": ("minikms_condition", KEY_SERVICE)}
+LISTS: Final = {
+    "The key service": ("minikms_condition", KEY_SERVICE),
+    "The message server": ("progressdb_condition", SERVER),
+}
 WORDS: Final = {
     "sealed": "the key service is sealed",
+    "audit_unavailable": "the audit log can't be written, so every verb but status and metrics answers 503",
     "standby": "another host of the key service serves",
     "audit_lagging": "more lines of the audit log wait for the auditor than `--refuse-when-unshipped` allows",
     "root_key_source": "the root key lies beside the data that it protects",
     "root_key_replaced": "a root key that was replaced still opens the keyring",
     "connections_few": "the limit of open files admits fewer connections than the key service promises",
     "seal_not_written": "the seal could not be written, so a restart would not stay sealed",
+    "store_damaged": "files or records of the store are damaged",
+    "store_notice": "the store was empty beside keys in use, or clocks differ, or the database says something",
+    "settings_ignored": "a variable of the environment sets nothing",
 }
 """For a sentence that is a reason alone."""
+PLACE: Final = r"\{\w+\}"
 UNSEEN: Final = frozenset({"sealed"})
 """Conditions in which the key service answers no `/metrics`: the message server names them."""
 INTRODUCTION: Final = """# Conditions
@@ -40,7 +49,7 @@ What can be wrong, by name. `minikms status` and `doctor`, `progressdb status` a
 
 def words(condition: Condition) -> str:
     """The sentence without facts of a moment."""
-    return re.sub(r"\{\w+\}", "…", WORDS.get(condition.name, condition.sentence))
+    return re.sub(PLACE, "…", WORDS.get(condition.name, condition.sentence))
 
 
 def page() -> str:
@@ -48,7 +57,7 @@ def page() -> str:
     for title, (_, conditions) in LISTS.items():
         lines += [f"## {title}\n", "| name | severity | what it says | what to do |", "|---|---|---|---|"]
         for one in conditions.values():
-            said, action = (text.replace("|", "\\|") for text in (words(one), one.action))
+            said, action = words(one), re.sub(PLACE, "…", one.action)
             where = f"[{action or 'runbook'}](runbook.md#{one.runbook})" if one.runbook else action
             lines.append(f"| `{one.name}` | {one.severity} | {said} | {where} |")
         lines.append("")
@@ -73,7 +82,7 @@ def _rule(rule: str) -> str:
     lines = {
         "expr": f'{metric}{{condition="{name}"}} == 1',
         "summary": f'"{summary[0].upper()}{summary[1:]}."',
-        "action": '"' + condition.action[:1].upper() + condition.action[1:] + '."',
+        "action": f'"{re.sub(PLACE, "…", condition.action)}"',
         "runbook_url": f"docs/runbook.md#{condition.runbook}",
     }
     for key, value in lines.items():

@@ -42,6 +42,7 @@ from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.audit import AuditorClient
 from progressdb_server.api.viewer.routes import Viewer
+from progressdb_server.conditions import Look
 from progressdb_server.config import Config, ConfigError, unknown_variables
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.listener import DESCRIPTORS_COUNT, bind, check_tls, serve_http
@@ -237,13 +238,14 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         metrics = _metrics(registry, provider, tracing, started)
         secure = bool(config.server.tls.cert_file)
         auditor = AuditorClient(config.viewer)
+        metrics.look = look = Look(store, readiness, jobs.table, config, auditor.alarm)
         viewer = Viewer(
-            store, provider, jobs, readiness, access.keys, metrics=metrics, auditor=auditor, secure=secure
+            store, provider, jobs, readiness, access.keys, metrics=metrics, auditor=auditor, look=look, secure=secure
         )  # fmt: skip
         viewer.start()
         started.push_async_callback(viewer.close)
         backup_routes = store_backup.operations(store.backups, config.backups_dir)
-        ready_routes = readiness_routes.operations(readiness)
+        ready_routes = readiness_routes.operations(readiness, look)
         more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
         application = MessageApplication(store, access, metrics, more=more, on_unreadable=store.note_unreadable)
         host, port = listener.getsockname()[:2]

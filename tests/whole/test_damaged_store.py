@@ -59,7 +59,7 @@ def test_one_damaged_block_leaves_the_other_threads_served(tmp_path: Path) -> No
         assert server("GET", "/readyz", key=None).json == {"status": "damaged"}
         assert b"progressdb_store_damaged_files 1.0" in server("GET", "/metrics", key=ADMIN).body
         status, said = command(server, "doctor", "--url", f"http://127.0.0.1:{server.port}")
-        assert (status, f"problem: the store is damaged: {table.name}" in said) == (1, True), said
+        assert (status, f"degraded: store_damaged: the store is damaged: {table.name}" in said) == (1, True), said
         status, said = command(server, "backup", "create", "one", "--url", f"http://127.0.0.1:{server.port}")
         assert status != 0
         assert not (server.db / "backups" / "one").exists()

@@ -10,7 +10,7 @@ import json as encoder
 import os
 import time
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Any
 
 import msgspec
 from cyclopts import App
@@ -22,12 +22,10 @@ from progressdb_server.cli.flags import (
     MasterKeyFd,
     ServerFlags,
 )
+from progressdb_server.conditions import CERTIFICATE_ENDS_S
 from progressdb_server.config import Config, ConfigError, ConfigMissingError, LoadedConfig, TlsSection
 from progressdb_server.http.listener import check_tls
 from progressdb_server.server import check_key_source
-
-CERTIFICATE_WARNING_SECONDS: Final = 14 * 24 * 3600
-"""A TLS certificate that ends within this time is warned of."""
 
 app = App(name="config", help="Check or show the configuration that the server would run with.")
 
@@ -91,7 +89,7 @@ def tls_warning(tls: TlsSection, now_s: float) -> str:
         return f"{named} is valid from {begins:%Y-%m-%d %H:%M} UTC on: clients refuse the server until then"
     if now_s > ends.timestamp():
         return f"{named} expired on {ends:%Y-%m-%d %H:%M} UTC: clients refuse the server; renew it"
-    if now_s > ends.timestamp() - CERTIFICATE_WARNING_SECONDS:
+    if now_s > ends.timestamp() - CERTIFICATE_ENDS_S:
         return f"{named} expires on {ends:%Y-%m-%d %H:%M} UTC: renew it, then restart the server"
     return ""
 

@@ -15,9 +15,12 @@ import msgspec
 from cyclopts import Parameter
 
 from minikms.api.printable import clean
-from minikms.commands.output import counted, print_result
+from minikms.commands.output import condition_lines, counted, print_result
+from minikms.conditions import NOTICE, by_severity
 from progressdb_server.cli.admin_client import AdminClient
 from progressdb_server.cli.flags import ConfiguredUrl, Json, StoreFlags
+from progressdb_server.cli.status import conditions_of
+from progressdb_server.conditions import state
 from progressdb_server.config import StoreSection
 from progressdb_server.store import places
 from progressdb_server.store.model import FormatError, StoreUnavailableError
@@ -27,9 +30,6 @@ REPAIR_S_MAX: Final = 3600.0
 SHOWN_MAX: Final = 20
 KEYS_ASKED: Final = 1000
 """At a time: the server looks at a bounded number of keys or threads for each answer."""
-RUNBOOK: Final = "`It does not answer` and `The disk is full`"
-RUNBOOK_DAMAGED: Final = "`The store is damaged`"
-RUNBOOK_LOST: Final = "`One key file is damaged` and `Restore`"
 NOT_SEEN: Final = "GRANT pg_read_all_stats TO this role shows which are connected"
 
 
@@ -54,15 +54,19 @@ def doctor(
         page["database"] = _examined(chosen.store, shown=not json)
     client = AdminClient.from_config(chosen, url)
     page["readiness"] = client.call("GET", "/admin/readiness")
-    wrong = [page["readiness"][name] for name in ("writes", "key_service", "damage") if page["readiness"][name]]
     if not page["readiness"]["key_service"]:
         if repair:
             page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
         page["orphaned_keys"] = list(_listed(client, "/admin/orphaned_keys"))
         page["lost_keys"] = list(_listed(client, "/admin/lost_keys"))
-    print_result(page, _lines(page, wrong), json=json)
-    damaged = page.get("database", {}).get("problems") or page["readiness"].get("notices")
-    return 1 if wrong or damaged or page.get("orphaned_keys") or page.get("lost_keys") else 0
+    found = conditions_of(page["readiness"])
+    for name, member in (("keys_lost", "lost_keys"), ("keys_orphaned", "orphaned_keys")):
+        if keys := page.get(member):
+            found.append(state(name, count=f"{len(keys):,}"))
+    page["conditions"] = by_severity(found)
+    wrong = page.get("database", {}).get("problems") or any(one.severity != NOTICE for one in found)
+    print_result(page, _lines(page, good=not wrong), json=json)
+    return 1 if wrong else 0
 
 
 def _listed(client: AdminClient, path: str) -> Iterator[dict[str, str]]:
@@ -94,27 +98,20 @@ def _examined(store: StoreSection, *, shown: bool) -> dict[str, Any]:
     return page
 
 
-def _lines(page: dict[str, Any], wrong: list[str]) -> Iterator[str]:
-    for problem in wrong:
-        yield f"problem: {problem}"
-        yield f"  do: see {RUNBOOK_DAMAGED if 'damaged' in problem else RUNBOOK} in the runbook"
-    notices = page["readiness"].get("notices", [])
-    for notice in notices:
-        yield f"problem: {notice}"
+def _lines(page: dict[str, Any], *, good: bool) -> Iterator[str]:
+    yield from condition_lines(page["conditions"])
     repaired, orphans, lost = page.get("repaired"), page.get("orphaned_keys", []), page.get("lost_keys", [])
     for key in lost[:SHOWN_MAX]:
         yield f"lost key: {key['key_id']} of thread {key['thread_id']}"
     if len(lost) > SHOWN_MAX:
         yield f"and {len(lost) - SHOWN_MAX:,} more"
-    if lost:
-        yield f"  do: the key service lacks keys of {counted(len(lost), 'thread')}: see {RUNBOOK_LOST} in the runbook"
     if repaired and repaired["retired"]:
         yield f"retired: {counted(repaired['retired'], 'key')} that no thread names"
     for key in orphans[:SHOWN_MAX]:
         yield f"orphaned key: {key['key_id']} of thread {key['thread_id']}, made {key['created_at']}"
     if len(orphans) > SHOWN_MAX:
         yield f"and {len(orphans) - SHOWN_MAX:,} more"
-    if orphans:
-        yield f"  do: {repaired['why'] if repaired and repaired['why'] else 'progressdb doctor --repair'}"
-    elif not (lost or wrong or notices or page.get("database", {}).get("problems")):
+    if orphans and repaired and repaired["why"]:
+        yield f"  do: {repaired['why']}"
+    if good:
         yield "nothing is wrong"

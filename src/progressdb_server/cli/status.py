@@ -16,10 +16,12 @@ import msgspec
 from msgspec.structs import replace
 
 from minikms import api
+from minikms.api import Condition
 from minikms.api.errors import KmsError
 from minikms.client import Client
-from minikms.commands.output import counted, print_result
+from minikms.commands.output import condition_lines, counted, print_result
 from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_serving, found_socket, is_own, say_chosen
+from minikms.conditions import FAILING, reported
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import ConfiguredUrl, Json, StoreFlags
 from progressdb_server.config import Config
@@ -105,6 +107,7 @@ def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
         if answer[key]:
             named.setdefault(answer[key], []).append(name)
     wrong = [f"{' and '.join(names)}: {reason}" for reason, names in named.items()]
+    section["conditions"] = answer.get("conditions", [])
     if answer["notices"]:
         section["notices"] = answer["notices"]
     if wrong or answer["damage"]:
@@ -130,9 +133,12 @@ def _ask_key_service(config: Config, section: dict[str, Any]) -> int:
     if answer.status != api.CODE_SEALED:  # it knows neither keys nor epoch
         wanted += ["epoch", "keyring_id"] if config.kms.url else ["epoch", "keyring_id", "keys"]
     section |= {name: msgspec.to_builtins(getattr(answer, name)) for name in wanted}
+    conditions = reported(answer)
+    section["conditions"] = msgspec.to_builtins(conditions)
     if kms.warnings:
         section["warnings"] = [*section.get("warnings", ()), *kms.warnings]
-    return 0 if answer.status == "ok" else 1
+    failing = any(condition.severity == FAILING for condition in conditions)
+    return 1 if failing or answer.status != "ok" else 0
 
 
 def _lines(page: dict[str, Any]) -> Iterator[str]:
@@ -140,10 +146,8 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     yield f"server       {server.get('status', 'refuses')}: {server['url']}"
     if "threads" in server:
         yield f"  holds      {counted(server['threads'], 'thread')}, {counted(server['messages'], 'message')}"
-    for problem in server.get("problems", ()):
-        yield f"  problem    {problem}"
-    for notice in server.get("notices", ()):
-        yield f"  notice     {notice}"
+    said = conditions_of(server)
+    yield from (f"  {line}" for line in condition_lines(said))
     if "error" in server:
         yield f"  error      {server['error']}"
     place = kms.get("serving") or kms.get("url") or kms.get("socket")
@@ -156,5 +160,10 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         yield f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}"
     if "error" in kms:
         yield f"  error      {kms['error']}"
-    for warning in kms.get("warnings", ()):
-        yield f"  warning    {warning}"
+    own = [condition for condition in conditions_of(kms) if condition not in said]
+    yield from (f"  {line}" for line in condition_lines(own))
+
+
+def conditions_of(section: dict[str, Any]) -> list[Condition]:
+    """What the server or the key service says to be wrong, as a section of the page keeps it."""
+    return msgspec.convert(section.get("conditions", []), list[Condition])

@@ -157,11 +157,11 @@ def test_alerts_are_accepted_and_use_metrics_that_there_are() -> None:
     [
         ("MinikmsGatewayCertificateExpires", "minikms_gateway_certificate_expiry_timestamp_seconds", "90000x100"),
         ("MinikmsGatewayCertificateExpires", "minikms_gateway_crl_expiry_timestamp_seconds", "90000x100"),
-        ("MinikmsRootLeaseNotGranted", 'minikms_root_lease_questions_total{outcome="away"}', "0x58 1x40"),
+        ("MinikmsRootLeaseNotGranted", 'minikms_condition{condition="root_key_lease_ending"}', "0x58 1x40"),
         ("MinikmsGatewayRefusesExpired", 'minikms_gateway_refused_total{reason="expired"}', "0x60 1x40"),
         ("MinikmsRootLeaseEnded", "progressdb_kms_sealed", "0x60 1x40"),
-        ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "-172800x100"),
-        ("ProgressdbBackupOld", "progressdb_store_backup_timestamp_seconds", "NaN " * 100),
+        ("ProgressdbBackupOld", 'progressdb_condition{condition="backup_old"}', "1x100"),
+        ("ProgressdbBackupOld", 'progressdb_condition{condition="backups_unknown"}', "1x100"),
     ],
 )
 def test_an_alert_fires_when_its_time_has_come(tmp_path: Path, alert: str, series: str, values: str) -> None:
@@ -243,7 +243,7 @@ def test_a_label_value_can_not_add_a_line() -> None:
         "disk_free_bytes": 0,
         "epoch": 1,
         "uptime_seconds": 1,
-        "warnings": [],
+        "warnings": [], "conditions": [],
     }  # fmt: skip
     sizes, times = WeightedHistogram(BATCH_SIZES), VerbTimes(["encrypt", "decrypt"])
     times.asked("encrypt")

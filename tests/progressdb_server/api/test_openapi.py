@@ -74,8 +74,8 @@ def whole_table() -> tuple[Operation, ...]:
     readiness = Readiness(store, jobs, KmsMetrics())
     metrics = ApiMetrics(CollectorRegistry())
     auditor = AuditorClient(config.ViewerSection())
-    viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, auditor=auditor, secure=False)
-    ready = readiness_routes.operations(readiness)
+    viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, auditor=auditor, look=jobs, secure=False)
+    ready = readiness_routes.operations(readiness, jobs)
     more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())
     return operations(api.store, metrics, more)
 

@@ -14,6 +14,7 @@ from minikms.api.audit_questions import LINES_MAX, AuditQuestion
 from minikms_auditor.auditor import Status
 from progressdb_server import config
 from progressdb_server.api.viewer.audit import AuditorClient, AuditorError
+from progressdb_server.conditions import state
 from tests import needs
 from tests.harness.waiting import listens
 from tests.minikms_auditor.asking import beside
@@ -77,9 +78,9 @@ def test_a_thread_leads_to_who_read_it_and_a_line_to_its_proof(
         page = inside("/viewer/audit?thread=nobody").text
         assert "No lines match." in page and "may be missing" in page
     with auditor(Status(origin="o", vkeys=(), alarm="the log is not intact")):
-        assert asyncio.run(AuditorClient(config.ViewerSection(str(server.db.parent / "q"))).alarm()) == (
-            "It signs nothing: the log is not intact"
-        )
+        assert asyncio.run(AuditorClient(config.ViewerSection(str(server.db.parent / "q"))).alarm()) == [
+            state("auditor_alarm", reason="the log is not intact")
+        ]
         page = inside("/viewer/audit?thread=t1").text
         assert "is not in the signed tree yet" in page and "the log is not intact" in page
 

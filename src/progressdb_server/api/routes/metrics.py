@@ -18,15 +18,19 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from minikms.api import Condition
+from minikms.conditions import KEY_SERVICE, gauge
 from progressdb_server.api.gate.keys import OPERATORS
 from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.gate.response import ApiResponse
 from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
+from progressdb_server.conditions import SERVER, Look
 from progressdb_server.metrics import Histogram, Mean, mean_of
 
 _LATENCY_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _DURATION: Final = "progressdb_http_request_duration_seconds"
 _UNROUTED: Final = "other"
+LABELS: Final = ("condition", "severity")
 
 
 class _Responses:
@@ -53,6 +57,8 @@ class _Times:
 class ApiMetrics(Collector):
     def __init__(self, registry: CollectorRegistry) -> None:
         self.registry = registry
+        self.look: Look | None = None
+        self._conditions: list[Condition] = []
         self._in_flight = 0
         self._responses: dict[tuple[str, str, int], _Responses] = {}
         self._times: dict[tuple[str, str], _Times] = {}
@@ -112,6 +118,12 @@ class ApiMetrics(Collector):
             latency.add_metric(labels, buckets=times.seconds.buckets(), sum_value=times.seconds.sum)
             latency.add_sample(f"{_DURATION}_created", {"route": labels[0], "method": labels[1]}, times.created)
         yield latency
+        held = GaugeMetricFamily(
+            "progressdb_condition", "1 while something is wrong, by condition and severity.", labels=LABELS
+        )
+        for samples, value in gauge({**SERVER, **KEY_SERVICE}, self._conditions):
+            held.add_metric([samples[name] for name in LABELS], value)
+        yield held
         yield GaugeMetricFamily(
             "progressdb_http_requests_in_flight", "Requests that are being served.", value=self._in_flight
         )
@@ -119,6 +131,7 @@ class ApiMetrics(Collector):
     @Operation("GET", "/metrics", roles=OPERATORS, response=TEXT, content_type="text/plain", needs=NOTHING)
     async def page(self, request: ApiRequest) -> ApiResponse:
         """Read the metrics in the text format of Prometheus."""
+        self._conditions = await self.look.conditions() if self.look else []
         return ApiResponse(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
 
     def operations(self) -> tuple[Operation, ...]:

@@ -24,7 +24,8 @@ from progressdb_server.api.gate.errors import ApiError, retry_after
 from progressdb_server.api.gate.keys import OPERATORS
 from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.gate.response import ApiResponse, json_response
-from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, list_of, operations_of, texts
+from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, list_of, object_of, operations_of, texts
+from progressdb_server.conditions import Look
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.kms.provider import SEALED, Fault, fault
 from progressdb_server.metrics import KmsMetrics
@@ -109,6 +110,8 @@ class Readiness:
         self._status = status
         self.kms = kms
         self._drain = drain or asyncio.Event()
+        self.status: api.StatusAnswer | None = None
+        """What the key service reported the last time; None if it did not."""
         self.writes = Probe("writes", self._ask_store, "the disk has not answered for some seconds")
         hangs = "it has not answered for some seconds: it hangs"
         self.key_service = Probe("key service", self._ask_key_service, hangs)
@@ -131,8 +134,10 @@ class Readiness:
 
     async def _ask_key_service(self) -> str:
         try:
-            status = await self._status()
+            self.status = status = await self._status()
         except KmsError as error:
+            if not isinstance(error, LimitExceededError):
+                self.status = None
             if isinstance(error, KmsRefusedError) and fault(error) is not Fault.SERVICE:
                 return ""  # it works, and this server lacks the role `monitor`
             if isinstance(error, LimitExceededError):
@@ -163,18 +168,11 @@ class Readiness:
             raise ApiError(503, NOT_READY, (retry_after(int(FAULT_AGE_S)),))
         return json_response({"status": "damaged" if self.damage() else "empty" if self._store.empty_notice else "ok"})
 
-    @Operation(
-        "GET",
-        "/admin/readiness",
-        roles=OPERATORS,
-        response=list_of("notices", TEXT, ready={"type": "boolean"}, writes=TEXT, key_service=TEXT, damage=TEXT),
-        needs=NOTHING,
-    )
-    async def explained(self, request: ApiRequest) -> ApiResponse:
-        """Read why the server is not ready: each text is empty where nothing is wrong. `notices` do not stop it."""
+    async def explain(self, look: Look) -> _Explained:
         writes, key_service = await self.problems()
         ready = not (self._drain.is_set() or writes or key_service)
-        return json_response(_Explained(ready, writes, key_service, self.damage(), self._store.notices))
+        conditions = await look.conditions()
+        return _Explained(ready, writes, key_service, self.damage(), self._store.notices, conditions)
 
 
 class _Explained(msgspec.Struct):
@@ -183,7 +181,34 @@ class _Explained(msgspec.Struct):
     key_service: str
     damage: str
     notices: list[str]
+    conditions: list[api.Condition]
 
 
-def operations(readiness: Readiness) -> tuple[Operation, ...]:
-    return operations_of(readiness)
+class ReadinessPage:
+    """`/admin/readiness`."""
+
+    def __init__(self, readiness: Readiness, look: Look) -> None:
+        self._readiness = readiness
+        self._look = look
+
+    @Operation(
+        "GET",
+        "/admin/readiness",
+        roles=OPERATORS,
+        response=list_of(
+            "conditions",
+            object_of(name=TEXT, severity=TEXT, sentence=TEXT, action=TEXT, runbook=TEXT),
+            **list_of("notices", TEXT, ready={"type": "boolean"}, writes=TEXT, key_service=TEXT, damage=TEXT)[
+                "properties"
+            ],
+        ),
+        needs=NOTHING,
+    )
+    async def explained(self, request: ApiRequest) -> ApiResponse:
+        """Read why the server is not ready: each text is empty where nothing is wrong. `notices` do not stop it.
+        `conditions` are all things that are wrong, the worst first."""
+        return json_response(await self._readiness.explain(self._look))
+
+
+def operations(readiness: Readiness, look: Look) -> tuple[Operation, ...]:
+    return (*operations_of(readiness), *operations_of(ReadinessPage(readiness, look)))

@@ -15,7 +15,7 @@ from typing import Final
 
 import msgspec
 
-from minikms.api import ErrorAnswer
+from minikms.api import Condition, ErrorAnswer
 from minikms.api.audit_questions import ANSWER_SECONDS_MAX, PATH, AuditAnswer, AuditQuestion
 from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError, KmsTimeoutError, KmsUnavailableError, KmsUntrustedServerError
@@ -23,6 +23,7 @@ from minikms.client.connecting import SocketEndpoint
 from minikms.client.connection import ClientConnection
 from progressdb_server import config
 from progressdb_server.api.gate.errors import bad_request
+from progressdb_server.conditions import state
 
 FIELDS: Final = {
     "thread": "The thread that a line names, or whose key it names.",
@@ -54,16 +55,15 @@ class AuditorClient:
         self._path = settings.audit_socket
         self._uids = settings.audit_server_uids or None
         self._asking: asyncio.Task[None] | None = None
-        self._alarm = "It has not answered yet"
+        self._alarm = [state("auditor_unanswering", reason="it has not answered yet")]
         self._alarm_until_s = 0.0
 
     @property
     def is_configured(self) -> bool:
         return bool(self._path)
 
-    async def alarm(self) -> str | None:
-        """Why the audit log can't be relied on, as it said within ALARM_AGE_S; empty if the auditor signs, None where
-        none is configured."""
+    async def alarm(self) -> list[Condition] | None:
+        """Why the audit log can't be relied on, as it said within ALARM_AGE_S; None where no auditor is configured."""
         if not self.is_configured:
             return None
         if self._asking is None and time.monotonic() >= self._alarm_until_s:
@@ -75,9 +75,9 @@ class AuditorClient:
     async def _ask_alarm(self) -> None:
         try:
             answer = await self.ask(AuditQuestion(before=1, asker="overview"))
-            self._alarm = f"It signs nothing: {answer.alarm}" if answer.alarm else ""
+            self._alarm = [state("auditor_alarm", reason=answer.alarm)] if answer.alarm else []
         except AuditorError as error:
-            self._alarm = f"It can't be asked: {error}"
+            self._alarm = [state("auditor_unanswering", reason=error)]
         finally:
             self._asking, self._alarm_until_s = None, time.monotonic() + ALARM_AGE_S
 

@@ -58,10 +58,11 @@ from progressdb_server.api.viewer.browsing import Browser, MessagePage, ThreadPa
 from progressdb_server.api.viewer.history import SAMPLE_S, History
 from progressdb_server.api.viewer.keys import KeyBrowser, ViewerKeyPage
 from progressdb_server.api.viewer.sessions import Sessions, ViewerSession, new_token, same
+from progressdb_server.conditions import Look, verb_for
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.jobs.states import UNFINISHED, Job
+from progressdb_server.jobs.states import Job
 from progressdb_server.kms.provider import Provider
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
@@ -82,7 +83,6 @@ _LOGIN_FIELDS: Final = frozenset({"csrf", "key", "username", "next"})
 _PLACE: Final = re.compile(r"/viewer/[A-Za-z0-9._~%/?&=+:-]{0,1000}", re.ASCII)
 """What a login may lead to."""
 JOBS_SHOWN_MAX: Final = 50
-JOBS_READ_MAX: Final = 1000
 OPEN_S_MAX: Final = 5.0
 """How long a page waits for its records to be opened."""
 TEXT_CHARS_MAX: Final = 2000
@@ -112,10 +112,12 @@ class Viewer:
         *,
         metrics: ApiMetrics,
         auditor: AuditorClient,
+        look: Look,
         secure: bool,
     ) -> None:
         """`secure`: the server speaks TLS, and browsers may send the cookie only over TLS."""
         self._auditor = auditor
+        self._look = look
         self._metrics = metrics
         self._history = History()
         self._sampling: asyncio.Task[None] | None = None
@@ -216,15 +218,11 @@ class Viewer:
         """Show whether all is well, and what the server has done lately."""
         day = request.query_params.get("period") == "day"
         kms = self._readiness.kms
-        jobs: list[Job] | None = None
         stats: dict[str, int] = {}
         with contextlib.suppress(StoreUnavailableError):
             stats = await self._store.stats()
-            jobs = await self._newest_jobs(standing=True)
         values = {
-            "parts": await overview.parts(
-                self._store, self._readiness, jobs, await self._auditor.alarm(), now_s=time.time()
-            ),
+            "conditions": await self._look.conditions(),
             "charts": overview.charts(self._history, day=day),
             "day": day,
             "stats": stats,
@@ -336,18 +334,13 @@ class Viewer:
             verbs=sorted(verb.name for verb in api.VERBS),
         )
 
-    async def _newest_jobs(self, *, standing: bool = False) -> list[Job]:
-        """With `standing` also older ones that have failed or are unfinished, among JOBS_READ_MAX."""
+    async def _newest_jobs(self) -> list[Job]:
         jobs: list[Job] = []
-        read = 0
         async for page in self._jobs.table.newest():
-            newest = max(0, JOBS_SHOWN_MAX - read)
-            jobs += page[:newest]
-            jobs += [job for job in page[newest:] if standing and (job.state == "failed" or job.state in UNFINISHED)]
-            read += len(page)
-            if read >= (JOBS_READ_MAX if standing else JOBS_SHOWN_MAX):
+            jobs += page
+            if len(jobs) >= JOBS_SHOWN_MAX:
                 break
-        return jobs
+        return jobs[:JOBS_SHOWN_MAX]
 
     async def _status(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the status of the key service, or its last status."""
@@ -468,6 +461,7 @@ _HELPERS: Final[dict[str, Any]] = {
     "text": _text,
     "base64": _base64,
     "TEXT_CHARS_MAX": TEXT_CHARS_MAX,
+    "verb_for": verb_for,
 }
 
 
