@@ -8,7 +8,6 @@ import re
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from tests.harness.certificates import SERVER, Authority
 from tests.harness.gateways import DAEMON, GATEWAY, POLICY, Pair
 from tests.harness.live_daemon import LiveDaemon
 from tests.harness.ports import free_port
-from tests.harness.waiting import wait_until
+from tests.harness.waiting import wait_for_start, wait_until
 
 UNITS = Path(__file__).parents[2] / "deploy" / "systemd"
 EXPOSURE_MAX = {
@@ -276,10 +275,7 @@ def test_what_the_units_forbid_is_not_needed_by_the_message_server(tmp_path: Pat
         command += [str(database), sys.executable, "-m", "progressdb_server", "--addr", f"127.0.0.1:{port}"]
         process = subprocess.Popen([*command, "--db", str(database)], env=environ, stdout=log, stderr=log)
         try:
-            deadline = time.monotonic() + 60
-            while ask(port, "GET", "/healthz") is None:
-                assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server-log").read_text()
-                time.sleep(0.05)
+            wait_for_start(process, lambda: ask(port, "GET", "/healthz") is not None, tmp_path / "server-log")
             answer = ask(port, "POST", "/v1/threads", {"title": "t", "author": "a"})
             assert answer is not None
             thread = answer["id"]

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.harness.forked import Forked
 from tests.harness.ports import free_port
+from tests.harness.waiting import wait_for_start
 
 START_S_MAX = 60.0
 ADMIN, BACKEND = "admin-key", "backend-key"
@@ -67,13 +67,7 @@ def server(base: Path, settings: Mapping[str, str], *, launcher: Sequence[str] =
             process = Forked(words, None, log.fileno(), log.fileno(), env=environ, cwd="/")
     made = Server(port, environ)
     try:
-        deadline = time.monotonic() + START_S_MAX
-        while True:
-            with contextlib.suppress(OSError):
-                if made.ask("GET", "/readyz").status == 200:
-                    break
-            assert process.poll() is None and time.monotonic() < deadline, (base / "server-log").read_text()
-            time.sleep(0.05)
+        wait_for_start(process, lambda: made.ask("GET", "/readyz").status == 200, base / "server-log")
         yield made
     finally:
         process.terminate()

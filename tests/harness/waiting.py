@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 WAIT_S_MAX = 60.0
 """Costs nothing where all is well; a machine that runs several suites is slow for seconds at a time."""
@@ -16,6 +17,23 @@ def wait_until(holds: Callable[[], object], *, seconds: float = WAIT_S_MAX) -> N
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end, f"not true within {seconds} s"
+        time.sleep(0.02)
+
+
+class Process(Protocol):
+    def poll(self) -> int | None: ...
+
+
+def wait_for_start(process: Process, answers: Callable[[], object], log: Path) -> None:
+    """Returns as soon as a started program answers; an OSError is no answer yet. AssertionError with its log if it has
+    ended or takes too long.
+    """
+    end = time.monotonic() + WAIT_S_MAX
+    while True:
+        with contextlib.suppress(OSError):
+            if answers():
+                return
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.02)
 
 

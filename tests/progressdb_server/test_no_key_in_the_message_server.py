@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 from tests.harness import live_daemon
 from tests.harness.descriptors import open_files
 from tests.harness.ports import free_port
+from tests.harness.waiting import wait_for_start
 from tests.minikms.memory import scanner
 
 pytestmark = pytest.mark.usefixtures("as_root")
@@ -44,13 +44,7 @@ def server(base: Path, environ: dict[str, str], *flags: str) -> Iterator[tuple[s
             stderr=log,
         )
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError):
-                if call(port, "GET", "/healthz")[0] == 200:
-                    break
-            assert process.poll() is None and time.monotonic() < deadline, (base / "log").read_text()
-            time.sleep(0.05)
+        wait_for_start(process, lambda: call(port, "GET", "/healthz")[0] == 200, base / "log")
         yield process, port
     finally:
         process.terminate()

@@ -3,12 +3,12 @@
 import contextlib
 import os
 import signal
-import time
 from pathlib import Path
 
 from tests import needs
 from tests.harness import forked
 from tests.harness.descriptors import open_files
+from tests.harness.waiting import wait_until
 from tests.progressdb_server.api.real_server import RealServer, real_server
 
 KEY = "0123456789abcdef" * 4
@@ -53,10 +53,7 @@ def test_without_its_key_service_the_server_ends_and_can_start_again(tmp_path: P
     with real_server(tmp_path, environment={"PROGRESSDB_MINIKMS_MASTER_KEY": KEY}) as server:
         message = server("POST", "/v1/messages", {"author": "ann", "body": "kept"}).json["id"]
         os.kill(kms_pid(server), signal.SIGKILL)
-        deadline = time.monotonic() + WAIT_S
-        while server.running:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_until(lambda: not server.running)
         assert server.stop() == 1
     log = server.log_path.read_text()
     assert "the server stops: its key service is lost" in log

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from progressdb_server.kms.provider import RemoteProvider
 from progressdb_server.kms.supervisor import ChildOptions, Supervisor, SupervisorError
 from tests.harness.logged import capture_logs
 from tests.harness.scripts import verify_audit
+from tests.harness.waiting import wait_until
 
 KEY = "ab" * 32
 WAIT_S = 60.0
@@ -167,10 +167,7 @@ def test_a_killed_servers_daemon_ends_gracefully_by_itself(directory: Path, aliv
         server.kill()
         server.wait()
         server.stdout.close()
-    until_s = time.monotonic() + WAIT_S
-    while alive(pid):
-        assert time.monotonic() < until_s
-        time.sleep(0.02)
+    wait_until(lambda: not alive(pid))
     last = (directory / "kms" / "minikms-audit.log").read_text().splitlines()
     assert any("the parent has ended" in line for line in last[-2:])
     assert not (directory / "run" / "s").exists()
