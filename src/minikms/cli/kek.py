@@ -11,6 +11,7 @@ import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Literal
 
@@ -24,7 +25,6 @@ from minikms.commands.output import (
     Table,
     confirm,
     counted,
-    print_json,
     print_result,
     progress_bar,
 )
@@ -71,10 +71,8 @@ def rotate_kek(
         active = [root for root in kms.list_roots().roots if root.state == "active"]
     unreadable = after.keys.unreadable
     rewrapped = begun.rewrapped if begun.status == "ok" else sum(after.keys.by_state.values())
-    if json:
-        print_json({"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable})
-    else:
-        _print_done(begun.kek_version, active, new_file=new_master_key_file)
+    page = {"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable}
+    print_result(page, _done_lines(begun.kek_version, active, new_file=new_master_key_file), json=json)
     if unreadable:
         complain(
             f"{unreadable} key files can't be read and stay under an older KEK, which is kept for them: "
@@ -83,23 +81,23 @@ def rotate_kek(
     return EXIT_FAILED if unreadable else EXIT_GOOD
 
 
-def _print_done(version: int, roots: list[api.RootAnswer], *, new_file: Path | None) -> None:
-    """`roots`: those that open the keyring."""
-    print(f"KEK version {version} is active, and every readable key is wrapped under it.")
-    print("The one before it stays until nothing needs it: minikms kek prune --backups")
+def _done_lines(version: int, roots: list[api.RootAnswer], *, new_file: Path | None) -> Iterator[str]:
+    """The lines about a rotation that is done. `roots`: the root keys that open the keyring."""
+    yield f"KEK version {version} is active, and every readable key is wrapped under it."
+    yield "The one before it stays until nothing needs it: minikms kek prune --backups"
     if new_file is None:
         return
     replaced = {root.replaces for root in roots if root.replaces}
     if replaced:
-        print(f"Both root keys open the keyring. Start the daemon once with --master-key-file {new_file}:")
-        print("from then on only the new one does. Keep a copy of it elsewhere.")
+        yield f"Both root keys open the keyring. Start the daemon once with --master-key-file {new_file}:"
+        yield "from then on only the new one does. Keep a copy of it elsewhere."
     elif len(roots) == 1:
-        print("Only the new root key opens the keyring now. Keep a copy of it elsewhere.")
+        yield "Only the new root key opens the keyring now. Keep a copy of it elsewhere."
     else:
-        print("The new root key opens the keyring in place of the former one. Keep a copy of it elsewhere.")
+        yield "The new root key opens the keyring in place of the former one. Keep a copy of it elsewhere."
     others = len(roots) - 1 - len(replaced)
     if others > 0:
-        print(f"{others} other root key(s) open it too, as before: minikms root list")
+        yield f"{others} other root key(s) open it too, as before: minikms root list"
 
 
 def _wait(kms: Client, version: int, *, bar: bool) -> api.StatusAnswer:

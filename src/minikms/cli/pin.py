@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 
 from minikms.cli.console import PIN_VARIABLE, DataDir, Json, Yes, chosen_data_dir, complain, named_root
 from minikms.cli.replica import RequestFile, confirm_request, read_request
-from minikms.commands.output import confirm, print_json, print_result
+from minikms.commands.output import confirm, print_result
 from minikms.commands.usage import EXIT_FAILED, CommandError, RootSource
 
 if TYPE_CHECKING:
@@ -65,16 +65,15 @@ def add(
             opens, keyring_id = False, keyring.parse_file(data)[0].keyring_id
         done = file.add(key.view, keyring_id)
         fingerprint = roots.fingerprint(key.view)
-    if json:
-        facts = {"pin": str(file.path), "keyring_id": keyring_id, "fingerprint": fingerprint}
-        print_json({**facts, "new": done != "known", "replaced_damaged": done == "replaced", "opens": opens})
-        return
+    facts = {"pin": str(file.path), "keyring_id": keyring_id, "fingerprint": fingerprint}
+    page = {**facts, "new": done != "known", "replaced_damaged": done == "replaced", "opens": opens}
     names = "named already" if done == "known" else "names"
-    print(f"{file.path} {names} the root key {fingerprint} for keyring {keyring_id}.")
-    if done == "replaced":
-        complain("the file was damaged, and names only this root key now: add the others again")
+    lines = [f"{file.path} {names} the root key {fingerprint} for keyring {keyring_id}."]
     if not opens:
-        print("It does not open the keyring yet: minikms root add SOURCE")
+        lines.append("It does not open the keyring yet: minikms root add SOURCE")
+    print_result(page, lines, json=json)
+    if done == "replaced" and not json:
+        complain("the file was damaged, and names only this root key now: add the others again")
 
 
 @app.command(name="add-host")

@@ -30,11 +30,11 @@ from minikms.cli.console import (
     complain,
 )
 from minikms.commands.output import (
+    Facts,
     Table,
     confirm,
     duration,
     name_list,
-    print_facts,
     print_json,
     print_result,
     print_table,
@@ -279,21 +279,17 @@ def status(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) -> int:
     works = not state.enabled or (
         state.mode not in STOPPED_MODES and not state.why and heard is not None and heard < REPLICATOR_SILENT_SECONDS
     )
-    if json:
-        print_json(state)
-    elif not state.enabled:
-        print("This key service has one host. To have several: minikms replica init")
-    else:
-        facts = [
-            ("host", state.member_id),
-            ("mode", f"{state.mode}: {state.why}" if state.why else state.mode),
-            ("serving", state.serving or "none"),
-            ("term", state.term),
-            ("changes", f"{state.number:,}"),
-            ("lease", f"{state.lease_seconds:.1f} s left" if state.lease_seconds else "none"),
-            ("replicator", "NEVER HEARD" if heard is None else f"heard {duration(int(heard))} ago"),
-        ]
-        print_facts(facts)
+    facts = [
+        ("host", state.member_id),
+        ("mode", f"{state.mode}: {state.why}" if state.why else state.mode),
+        ("serving", state.serving or "none"),
+        ("term", state.term),
+        ("changes", f"{state.number:,}"),
+        ("lease", f"{state.lease_seconds:.1f} s left" if state.lease_seconds else "none"),
+        ("replicator", "NEVER HEARD" if heard is None else f"heard {duration(int(heard))} ago"),
+    ]
+    one_host = "This key service has one host. To have several: minikms replica init"
+    print_result(state, Facts(facts) if state.enabled else one_host, json=json)
     return EXIT_GOOD if works else EXIT_FAILED
 
 
