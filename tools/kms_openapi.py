@@ -74,6 +74,18 @@ QUERY: dict[str, Schema] = {
 }
 
 
+_KEY = {"key_id": "k_01j9z3ndektsv4rrffq69g5fav"}
+_AAD = {"aad": "bWVzc2FnZS0x"}
+_PLAINTEXT = {"plaintext": "aGVsbG8="}
+_CIPHERTEXT = {"ciphertext": "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8gISIjJCUmJygpKiss"}
+EXAMPLES: dict[str, tuple[Schema, Schema]] = {
+    "get_or_create_dek": ({"thread_id": "thread-1", "purpose": "data"}, _KEY | {"created": True}),
+    "encrypt": (_KEY | _PLAINTEXT | _AAD, _CIPHERTEXT),
+    "decrypt": (_KEY | _CIPHERTEXT | _AAD, _PLAINTEXT),
+}
+"""The request and the answer of the verbs that a new reader tries first."""
+
+
 MSGPACK_CONTENT: Schema = {api.MSGPACK: {}}
 """Without a schema: JSON Schema does not describe arrays of bytes. An answer has the content type of its request."""
 
@@ -125,6 +137,8 @@ def operation(verb: Verb[Any, Any]) -> dict[str, Any]:
         "description": f"Role: {' and '.join(verb.roles)}."
         + (" A proxy may ask on behalf of a principal." if verb.proxied else ""),
     }
+    if verb.proxied:
+        made["x-gateway"] = True
     parameters = []
     if name := verb.path_field:
         parameters.append({"name": name, "in": "path", "required": True, "schema": FIELDS[name]})
@@ -136,15 +150,22 @@ def operation(verb: Verb[Any, Any]) -> dict[str, Any]:
     if parameters:
         made["parameters"] = parameters
     if verb.has_body:
-        content = {"application/json": {"schema": ref(verb.request)}} | (MSGPACK_CONTENT if verb.is_batch else {})
+        content = {"application/json": {"schema": ref(verb.request)} | example(verb, 0)} | (
+            MSGPACK_CONTENT if verb.is_batch else {}
+        )
         made["requestBody"] = {"required": True, "content": content}
     made["responses"] = responses(verb)
     return made
 
 
+def example(verb: Verb[Any, Any], index: int) -> Schema:
+    return {"example": EXAMPLES[verb.name][index]} if verb.name in EXAMPLES else {}
+
+
 def responses(verb: Verb[Any, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {
         "application/json": {"schema": ref(verb.answer) if is_struct(verb.answer) else {"type": "object"}}
+        | example(verb, 1)
     }
     if verb.is_batch:
         content |= MSGPACK_CONTENT
@@ -190,7 +211,12 @@ def document() -> dict[str, Any]:
         if verb.refusals:
             codes = ", ".join(f"`{code}`" for code in sorted(verb.refusals))
             refused["503"] = {"description": codes, "content": ERROR_CONTENT}
-        operation_of = {"summary": verb.summary, "operationId": verb.name, "responses": {"200": success, **refused}}
+        operation_of = {
+            "summary": verb.summary,
+            "operationId": verb.name,
+            "x-gateway": True,
+            "responses": {"200": success, **refused},
+        }
         paths[verb.path] = {verb.method.lower(): operation_of}
     for verb in api.VERBS:
         paths.setdefault(verb.path, {})[verb.method.lower()] = operation(verb)
@@ -205,6 +231,14 @@ def document() -> dict[str, Any]:
             "application/msgpack: arrays with the members of the JSON objects in their order. In JSON all binary "
             "values are canonical base64. tools/kms_openapi.py generates this document.",
         },
+        "servers": [
+            {"url": "http://localhost", "description": "The Unix socket: the client connects to its path."},
+            {
+                "url": "https://{host}:8443",
+                "description": "A gateway (docs/other-hosts.md). It serves the operations with `x-gateway`.",
+                "variables": {"host": {"default": "kms.internal"}},
+            },
+        ],
         "paths": paths,
         "components": {"schemas": schemas()},
     }
