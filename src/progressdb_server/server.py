@@ -247,7 +247,14 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         backup_routes = store_backup.operations(store.backups, config.backups_dir)
         ready_routes = readiness_routes.operations(readiness, look)
         more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
-        application = MessageApplication(store, access, metrics, more=more, on_unreadable=store.note_unreadable)
+        application = MessageApplication(
+            store,
+            access,
+            metrics,
+            more=more,
+            on_unreadable=store.note_unreadable,
+            error_page=viewer.error_page,
+        )
         host, port = listener.getsockname()[:2]
         gc.freeze()  # the objects of the start live as long as the process: the collector need not visit them
         gc.set_threshold(_COLLECTED_OBJECTS_MIN)

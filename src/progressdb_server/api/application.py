@@ -31,7 +31,6 @@ from progressdb_server.api.routes.documentation import with_documentation
 from progressdb_server.api.routes.errors import api_error
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Routing
-from progressdb_server.api.viewer.routes import error_page
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import ClientGoneError, Header, Receive, Scope, Send
 from progressdb_server.kms.provider import READING, RequestReads
@@ -73,9 +72,11 @@ class MessageApplication:
         *,
         more: tuple[Operation, ...] = (),
         on_unreadable: Callable[[str], None] = lambda record: None,
+        error_page: Callable[[ApiError, ApiRequest], ApiResponse] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._on_unreadable = on_unreadable
+        self._error_page = error_page
         self._access = access
         self._metrics = metrics
         self.operations = operations(store, metrics, more)
@@ -118,7 +119,7 @@ class MessageApplication:
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
             if isinstance(error, RecordUnreadableError) and error.code != api.CODE_KEY_DESTROYED:
                 self._on_unreadable(str(error))
-            refusal = _refusal(_error_of(error, request), request)  # no error: its traceback leads to this frame
+            refusal = self._refusal(_error_of(error, request), request)  # no error: its traceback leads to this frame
             if not exchange.status:  # once begun, a response can only be left unfinished
                 await exchange.respond(refusal)
         finally:
@@ -134,9 +135,10 @@ class MessageApplication:
                     self._refused.add(exchange.status, started_s)
                 _log_response(request, exchange.status, seconds, identified=identified)
 
-
-def _refusal(error: ApiError, request: ApiRequest) -> ApiResponse:
-    return error_page(error, request) if request.path.startswith("/viewer/") else error_response(error)
+    def _refusal(self, error: ApiError, request: ApiRequest) -> ApiResponse:
+        if self._error_page is not None and request.path.startswith("/viewer/"):
+            return self._error_page(error, request)
+        return error_response(error)
 
 
 def _error_of(error: Exception, request: ApiRequest) -> ApiError:

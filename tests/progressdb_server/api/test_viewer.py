@@ -1,5 +1,7 @@
 """Sessions of the viewer: who gets one, for how long, and what a form of another site can do."""
 
+import contextlib
+import http.client
 import os
 import re
 import shutil
@@ -96,6 +98,22 @@ def test_an_error_is_a_page_with_the_way_on(inside: ViewerClient, path: str) -> 
     reply = inside(path)
     assert reply.headers["content-type"].startswith("text/html")
     assert '<a href="/viewer/jobs">Jobs</a>' in reply.text and "Request id" in reply.text
+    assert "Log out" in reply.text, "the session goes on"
+    assert reply.status == 400 or f"Not found: <code>{path}</code>" in reply.text
+
+
+def test_a_wrong_key_id_or_cursor_is_the_mistake_of_the_reader(inside: ViewerClient) -> None:
+    for query in ("key=k_wrong", "key=k_" + "a" * 26, "cursor=wrong"):
+        page = inside(f"/viewer/keys?{query}").text
+        assert "because of what was asked for" in page and "gives no list" not in page, query
+
+
+def test_head_is_answered_as_get_without_a_body(server: RealServer) -> None:
+    for path, status in (("/viewer/login", 200), ("/viewer/", 303), ("/viewer/nothere", 404)):
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)) as connection:
+            connection.request("HEAD", path)
+            reply = connection.getresponse()
+            assert (reply.status, reply.read()) == (status, b""), path
 
 
 @pytest.mark.parametrize(
@@ -335,7 +353,10 @@ def test_a_job_that_stands_still_is_shown_behind_many_newer_ones(server: RealSer
     for _ in range(JOBS_SHOWN_MAX):
         other = server("POST", "/v1/messages", {"author": "ann", "body": 1}).json["thread"]
         assert server("POST", "/admin/rotate_thread_dek", {"thread_id": other}, key=ADMIN).status == 202
-    assert f"progressdb jobs resume {job}" in inside("/viewer/").text
+    assert f"progressdb jobs resume {job}" in (page := inside("/viewer/").text)
+    assert f'href="/viewer/jobs/{job}"' in page
+    assert f"<code>progressdb jobs resume {job}</code>" in inside(f"/viewer/jobs/{job}").text
+    assert inside("/viewer/jobs/job-none").status == 404
 
 
 def test_a_key_is_shown_with_what_holds_it_and_the_command(server: RealServer, inside: ViewerClient) -> None:
@@ -354,5 +375,4 @@ def test_a_key_is_shown_with_what_holds_it_and_the_command(server: RealServer, i
     gone = inside(f"/viewer/keys?key={old}").text
     assert f"<code>minikms keys receipt {old}</code>" in gone
     assert "No keys found." in inside("/viewer/keys?thread=nothing").text
-    assert "gives no list" in inside("/viewer/keys?key=nothing").text
     assert inside("/viewer/keys?key=" + "k" * 2000).status == 400

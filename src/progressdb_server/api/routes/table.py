@@ -43,7 +43,8 @@ class Resource:
     def handler(self, request: ApiRequest) -> Handler:
         """The handler of the request's method. Raises ApiError 405, 403."""
         request.route = self.path
-        operation = self._operations.get(request.method)
+        is_page = request.method == "HEAD" and self.path.startswith("/viewer")
+        operation = self._operations.get("GET" if is_page else request.method)
         if operation is None:
             request.route = ""  # the method is a client's text, which must not become a label of the metrics
             raise ApiError(405, "method not allowed", (self._allow,))

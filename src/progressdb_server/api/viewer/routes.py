@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
 from minikms import api
-from minikms.api.errors import KeyDestroyedError, KmsError
+from minikms.api.errors import ForbiddenError, KeyDestroyedError, KmsError
 from minikms.platform.addresses import address_group
 from minikms.platform.logs import Log
 from progressdb_server.api.gate import head, limits
@@ -62,8 +62,8 @@ from progressdb_server.conditions import Look, verb_for
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import Header
 from progressdb_server.jobs.service import Jobs
-from progressdb_server.jobs.states import Job
-from progressdb_server.kms.provider import Provider
+from progressdb_server.jobs.states import Job, JobNotFoundError
+from progressdb_server.kms.provider import Fault, Provider, fault
 from progressdb_server.store.model import (
     KeyServiceRefusedError,
     MessageNotFoundError,
@@ -285,6 +285,11 @@ class Viewer:
             return pages.page_response(pages.render("viewer/jobs_rows.html", jobs=jobs, percent=_percent, **_HELPERS))
         return _page("jobs", session, jobs=jobs, percent=_percent)
 
+    async def _job_page(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
+        """Show a job: its state, the reason, records, keys, and what can be done."""
+        job = await self._jobs.table.get(request.path_params["job"])
+        return _page("job", session, job=job)
+
     async def _keys_page(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """List keys, oldest first, by thread and state, or one by its id."""
         query = {name: request.query_params.get(name, "").strip() for name in ("key", "thread", "state", "cursor")}
@@ -293,7 +298,7 @@ class Viewer:
         state: api.State | None = "active" if query["state"] == "active" else None
         if query["state"] == "retired":
             state = "retired"
-        found, problem, destroyed = ViewerKeyPage([]), "", False
+        found, problem, mistake = ViewerKeyPage([]), "", ""
         try:
             async with asyncio.timeout(OPEN_S_MAX):
                 if query["key"]:
@@ -303,9 +308,13 @@ class Viewer:
         except TimeoutError:
             problem = "it has not answered in time"
         except KmsError as error:
-            destroyed = isinstance(error, KeyDestroyedError)
-            problem = "" if destroyed else str(error)
-        return _page("keys", session, found=found, query=query, problem=problem, destroyed=destroyed)
+            if isinstance(error, KeyDestroyedError):
+                return _page("keys", session, found=found, query=query, problem="", mistake="", destroyed=True)
+            if fault(error) is Fault.REQUEST and not isinstance(error, ForbiddenError):
+                mistake = str(error)
+            else:
+                problem = str(error)
+        return _page("keys", session, found=found, query=query, problem=problem, mistake=mistake, destroyed=False)
 
     async def _audit(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Search the audit log, newest lines first."""
@@ -365,6 +374,14 @@ class Viewer:
                 problem = str(error)
         return await read(False), problem
 
+    def error_page(self, error: ApiError, request: ApiRequest) -> ApiResponse:
+        """The page of an error, with the bar of the session if there is one."""
+        session = self.sessions.find(_cookie(request, SESSION_COOKIE), time.monotonic())
+        values = {"problem": error.text, "request_id": request.request_id}
+        place = request.path if error.status == 404 else ""
+        page = pages.render("viewer/problem.html", session=session, active="", place=place, **values)
+        return pages.page_response(page, error.status, error.headers)
+
     # --- operations -------------------------------------------------------------------------------------------------
     def operations(self) -> tuple[Operation, ...]:
         inside = self._inside
@@ -406,6 +423,7 @@ class Viewer:
                 needs=NOTHING,
             ),
             _shown("/viewer/jobs", inside(self._jobs_page), Parameter("part", TEXT, "`rows`: only the table.")),
+            _shown("/viewer/jobs/{job}", inside(self._job_page), raises=(JobNotFoundError,)),
             _shown(
                 "/viewer/keys",
                 inside(self._keys_page),
@@ -467,13 +485,6 @@ _HELPERS: Final[dict[str, Any]] = {
 
 def _page(name: str, session: ViewerSession, **values: Any) -> ApiResponse:
     return pages.page_response(pages.render(f"viewer/{name}.html", session=session, active=name, **_HELPERS, **values))
-
-
-def error_page(error: ApiError, request: ApiRequest) -> ApiResponse:
-    page = pages.render(
-        "viewer/problem.html", session=None, active="", problem=error.text, request_id=request.request_id
-    )
-    return pages.page_response(page, error.status, error.headers)
 
 
 async def _to_viewer(request: ApiRequest) -> ApiResponse:
