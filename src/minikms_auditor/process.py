@@ -24,15 +24,12 @@ from typing import Final, NamedTuple
 import uvloop
 
 from minikms.client import Client
-from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.http.accepting import listen_tcp
-from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, interpreter_paths
+from minikms.memory import SecretArena, SignalReader
 from minikms.memory.process import name_thread
-from minikms.platform import process_metrics
 from minikms.platform.logs import service_logger
-from minikms.platform.notify import Notifier
 from minikms.processes.config_file import address
-from minikms.processes.running import Run
+from minikms.processes.running import Run, run_hardened
 from minikms.processes.sockets import listen
 from minikms_auditor.auditor import Auditor, Status
 from minikms_auditor.collectors import Collector, SplunkCollector
@@ -85,7 +82,6 @@ def _transport(sink: Sink, files: AuditorFiles) -> Transport:
 def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     """Run until SIGTERM, SIGINT or SIGQUIT. Raises StartError, saying why it can't start and what to do."""
     log = service_logger(log_format)
-    notifier = Notifier(os.environ)
     files = AuditorFiles(config_path)
     with ExitStack() as cleaning:
         arena = cleaning.enter_context(SecretArena(ARENA_SLOTS))
@@ -99,14 +95,11 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         questions = None
         if config.questions is not None:
             questions = cleaning.enter_context(listen(config.questions.socket, {}, mode=QUESTIONS_MODE)).socket
-        read = [*interpreter_paths(), OVERFLOW_UID_FILE, config.log_dir]
-        if config.uses_network:
-            read += NETWORK_PATHS
         write = [config.state_dir, *config.token_paths, *(path for each in transports for path in each.write_paths)]
-        process_metrics.open_process_files()
-        measures = harden(arena, read=read, write=write, allow_network=config.uses_network, require=require_hardening)
-        run = Run(signals, notifier, log)
-        run.warn_of(measures)
+        network = config.uses_network
+        run = run_hardened(
+            log, signals, arena, read=[config.log_dir], write=write, network=network, require=require_hardening
+        )
         client = Client(Path(config.kms_socket), server_uids=config.kms_server_uids)
         cleaning.callback(client.close)
         stopping = threading.Event()

@@ -18,25 +18,23 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import uvloop
 
 from minikms.api.errors import StartError
-from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.http import LIMITS, HttpServer
 from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, connections_bound, listen_tcp
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
-from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
-from minikms.platform import process_metrics
+from minikms.memory import SignalReader
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.logs import service_logger
-from minikms.platform.notify import Notifier
 from minikms.platform.trusted_file import directory_read
 from minikms.processes.config_file import address
-from minikms.processes.running import Run, every
+from minikms.processes.running import Run, every, run_hardened
 from minikms.processes.tracing import Tracing, from_environment, is_wanted
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, GatewaySession, GatewayState
@@ -133,7 +131,6 @@ class Loader:
 def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     """Serves until SIGTERM, SIGINT or SIGQUIT. Raises StartError, saying why it can't start and what to do."""
     log = service_logger(log_format)
-    notifier = Notifier(os.environ)
     loader = Loader(config_path, lambda issuer, why: log.warning("issuer's keys not fetched", issuer=issuer, why=why))
     loaded = loader.load()
     loaded.check_certificate()
@@ -141,16 +138,13 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     others = CONNECTIONS_MAX + HANDSHAKES_COUNT_MAX  # that are open beside the clients'
     descriptors = raise_descriptor_limit(DESCRIPTORS_COUNT + others)
     connections_max = connections_bound(descriptors - min(others, descriptors // 4))
-    with SignalReader() as signals, listen_tcp(*address(config.listen)) as listener:
-        metrics_listener = listen_tcp(*address(config.metrics)) if config.metrics else None
-        read = [*interpreter_paths(), OVERFLOW_UID_FILE, *_directories(loader.files, config)]
+    with ExitStack() as cleaning:
+        signals = cleaning.enter_context(SignalReader())
+        listener = cleaning.enter_context(listen_tcp(*address(config.listen)))
+        metrics_listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
+        read = _directories(loader.files, config)
         network = config.fetches_keys or is_wanted(os.environ)
-        if network:
-            read += NETWORK_PATHS
-        process_metrics.open_process_files()
-        measures = harden(None, read=read, write=[], allow_network=network, require=require_hardening)
-        run = Run(signals, notifier, log)
-        run.warn_of(measures)
+        run = run_hardened(log, signals, read=read, network=network, require=require_hardening)
         process = _GatewayProcess(
             loader,
             loaded,
@@ -160,35 +154,23 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
             run=run,
             tracing=from_environment("minikms-gateway", os.environ),
         )
-        try:
-            uvloop.run(process.serve())
-        finally:
-            if metrics_listener is not None:
-                metrics_listener.close()
+        uvloop.run(process.serve())
 
 
+@dataclass(eq=False)
 class _GatewayProcess:
     """One run. Used in the loop's thread."""
 
-    def __init__(
-        self,
-        loader: Loader,
-        loaded: GatewaySetup,
-        *,
-        listener: socket.socket,
-        metrics_listener: socket.socket | None,
-        connections_max: int,
-        run: Run,
-        tracing: Tracing | None,
-    ) -> None:
-        self._tracing = tracing
-        self._loader = loader
-        self._loaded = loaded
-        self._listener = listener
-        self._metrics_listener = metrics_listener
-        self._connections_max = connections_max
-        self._run = run
-        self._log = run.log
+    loader: Loader
+    loaded: GatewaySetup
+    listener: socket.socket
+    metrics_listener: socket.socket | None
+    connections_max: int
+    run: Run
+    tracing: Tracing | None
+
+    def __post_init__(self) -> None:
+        self._log = self.run.log
         self._reload_failed = False
         self._kms_error = ""
         self._refusals = Refusals(self._log_refusals)
@@ -197,34 +179,34 @@ class _GatewayProcess:
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
-        self._run.read_signals()
-        config = self._loaded.config
+        self.run.read_signals()
+        config = self.loaded.config
         self._upstream = Upstream(config.kms_socket, config.kms_server_uids, loop)
         self._app = Gateway(
-            self._state(self._loaded),
+            self._state(self.loaded),
             self._upstream,
             self._refusals,
-            connections_max=self._connections_max,
-            tracing=self._tracing,
+            connections_max=self.connections_max,
+            tracing=self.tracing,
         )
-        limits = replace(LIMITS, connections_max=self._connections_max)
+        limits = replace(LIMITS, connections_max=self.connections_max)
         server: HttpServer[GatewaySession] = HttpServer(
-            self._app, loop=loop, on_internal_error=self._run.internal_error, limits=limits
+            self._app, loop=loop, on_internal_error=self.run.internal_error, limits=limits
         )
         self._server = server
         self._tls = TlsServer(
-            server, self._loaded.context, on_failed=lambda error, peer: self._refusals.add(of_handshake(error), peer)
+            server, self.loaded.context, on_failed=lambda error, peer: self._refusals.add(of_handshake(error), peer)
         )
         acceptor = Acceptor(
-            self._listener, server, on_failure=self._run.accept_failed, protocol_factory=self._tls.protocol_factory
+            self.listener, server, on_failure=self.run.accept_failed, protocol_factory=self._tls.protocol_factory
         )
         collector = metrics.GatewayCollector(self._values)
-        async with self._run.metrics(self._metrics_listener, collector, "minikms_gateway_build_info"):
+        async with self.run.metrics(self.metrics_listener, collector, "minikms_gateway_build_info"):
             chores = [asyncio.ensure_future(chore) for chore in self._chores()]
             self._log.info("serving", listen=config.listen, kms_socket=config.kms_socket, metrics=config.metrics)
-            await self._run.until_stopped(f"serving {config.listen}")
+            await self.run.until_stopped(f"serving {config.listen}")
             acceptor.close()
-            self._listener.close()
+            self.listener.close()
             self._tls.close()
             await server.drain(DRAIN_SECONDS_MAX)
         for chore in chores:
@@ -233,9 +215,9 @@ class _GatewayProcess:
         self._upstream.close()
         self._refusals.write()
         self._reader.shutdown(cancel_futures=True)
-        if self._tracing is not None:
-            await asyncio.to_thread(self._tracing.close)
-        self._log.info("stopped", why=self._run.why)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
+        self._log.info("stopped", why=self.run.why)
 
     # --- background work ----------------------------------------------------------------------------------------
 
@@ -246,7 +228,7 @@ class _GatewayProcess:
             every(SWEEP_SECONDS, self._refresh_keys),
             every(EXPIRED_SECONDS, self._check_certificate),
             self._take_up_changes(),
-            self._run.watchdog(),
+            self.run.watchdog(),
         ]
 
     def _sweep(self) -> None:
@@ -262,7 +244,7 @@ class _GatewayProcess:
         self._log.warning("refused", reason=reason, count=count, peer=peer, **advice)
 
     def _check_certificate(self) -> None:
-        if self._loaded.has_expired():
+        if self.loaded.has_expired():
             self._log.error("own certificate has expired, so no client accepts it: replace it")
 
     def _refresh_keys(self) -> None:
@@ -273,26 +255,26 @@ class _GatewayProcess:
     async def _take_up_changes(self) -> None:
         """Reads all files again when one of them has changed, or at SIGHUP."""
         loop = asyncio.get_running_loop()
-        seen = self._loaded.signature
+        seen = self.loaded.signature
         while True:
             try:
                 async with asyncio.timeout(POLL_SECONDS):
-                    await self._run.hangup.wait()
+                    await self.run.hangup.wait()
             except TimeoutError:
                 pass
-            now = await loop.run_in_executor(self._reader, self._loader.signature, self._loaded.config)
-            if now == seen and not self._run.hangup.is_set():
+            now = await loop.run_in_executor(self._reader, self.loader.signature, self.loaded.config)
+            if now == seen and not self.run.hangup.is_set():
                 continue
-            self._run.hangup.clear()
+            self.run.hangup.clear()
             seen = now
             try:
-                loaded = await loop.run_in_executor(self._reader, self._loader.load_beside, self._loaded)
+                loaded = await loop.run_in_executor(self._reader, self.loader.load_beside, self.loaded)
             except StartError as error:
                 self._reload_failed = True
                 self._log.error("changed files not taken up", why=str(error))
             except Exception as error:  # noqa: BLE001  a defect in reading must not end the service
                 self._reload_failed = True
-                self._run.internal_error(f"{type(error).__name__} while files were read")
+                self.run.internal_error(f"{type(error).__name__} while files were read")
             else:
                 self._use(loaded)
                 seen = loaded.signature
@@ -301,10 +283,10 @@ class _GatewayProcess:
         former = self._app.state.issuers
         if former is not None and loaded.issuers is not None:
             loaded.issuers.take_over(former)
-        self._reload_failed = loaded.context is self._loaded.context
+        self._reload_failed = loaded.context is self.loaded.context
         if self._reload_failed:
             self._log.error("certificate not taken up", why="it has expired; the one before it stays, without new CAs")
-        self._loaded = loaded
+        self.loaded = loaded
         self._tls.context = loaded.context
         self._app.use(self._state(loaded))
         self._check_certificate()
@@ -327,8 +309,8 @@ class _GatewayProcess:
             kms_waiting=self._upstream.waiting_count,
             kms_reachable=not self._upstream.error,
             reload_failed=self._reload_failed,
-            certificate_until=self._loaded.certificate_until,
-            crl_until=self._loaded.trust.crl_until(),
+            certificate_until=self.loaded.certificate_until,
+            crl_until=self.loaded.trust.crl_until(),
         )
 
 

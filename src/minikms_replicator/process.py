@@ -18,16 +18,13 @@ import uvloop
 
 from minikms.api.errors import KmsError
 from minikms.client import AsyncClient
-from minikms.client.connecting import OVERFLOW_UID_FILE
 from minikms.http.accepting import listen_tcp
-from minikms.memory import NETWORK_PATHS, SignalReader, harden, interpreter_paths
-from minikms.platform import process_metrics
+from minikms.memory import SignalReader
 from minikms.platform.clock import boot_ns
 from minikms.platform.logs import service_logger
-from minikms.platform.notify import Notifier
 from minikms.processes.config_file import address
 from minikms.processes.postgresql import FAILURES
-from minikms.processes.running import Run
+from minikms.processes.running import Run, run_hardened
 from minikms_replicator.config import Config, Files
 from minikms_replicator.following import Follower, ReplicaClient
 from minikms_replicator.metrics import Figures, ReplicatorCollector
@@ -45,16 +42,12 @@ DAEMON_S_MAX: Final = 60.0
 def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
     """Run until SIGTERM, SIGINT or SIGQUIT. Raises StartError, saying why it can't start and what to do."""
     log = service_logger(log_format)
-    notifier = Notifier(os.environ)
     config = Files(config_path).config()
     with ExitStack() as cleaning:
         signals = cleaning.enter_context(SignalReader())
         listener = cleaning.enter_context(listen_tcp(*address(config.metrics))) if config.metrics else None
-        read = [*interpreter_paths(), *NETWORK_PATHS, OVERFLOW_UID_FILE, "/etc/passwd", *config.database.paths]
-        process_metrics.open_process_files()
-        measures = harden(None, read=read, write=(), allow_network=True, require=require_hardening)
-        process = Run(signals, notifier, log)
-        process.warn_of(measures)
+        read = ["/etc/passwd", *config.database.paths]
+        process = run_hardened(log, signals, read=read, network=True, require=require_hardening)
         uvloop.run(_serve(config, process, listener))
 
 

@@ -7,6 +7,7 @@ Invariant: the first reason to stop is the one that is logged. It must never clo
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -16,10 +17,12 @@ from typing import TYPE_CHECKING, Final
 from minikms.http import Application, HttpServer, Limits, S
 from minikms.http.accepting import Acceptor
 from minikms.http.page import PAGE_LIMITS, metrics_page
-from minikms.memory import Measure, SignalReader
+from minikms.memory import NETWORK_PATHS, SecretArena, SignalReader, harden, interpreter_paths
+from minikms.platform import process_metrics
 from minikms.platform.accepting import ACCEPT_PAUSE_SECONDS
 from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
+from minikms.processes.peer import OVERFLOW_UID_FILE
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
@@ -70,12 +73,6 @@ class Run:
             if reachable:
                 self.notifier.watchdog()
 
-    def warn_of(self, measures: Sequence[Measure]) -> None:
-        """Logs the measures of hardening that are not in force."""
-        for measure in measures:
-            if not measure.in_force:
-                self.log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
-
     def accept_failed(self, why: str) -> None:
         self.log.warning("accept failed", why=why, pause_seconds=ACCEPT_PAUSE_SECONDS)
 
@@ -112,6 +109,26 @@ class Run:
                 self.stop(signal.Signals(number).name)
             elif number == signal.SIGHUP:
                 self.hangup.set()
+
+
+def run_hardened(
+    log: Log,
+    signals: SignalReader,
+    arena: SecretArena | None = None,
+    *,
+    read: Sequence[str],
+    write: Sequence[str] = (),
+    network: bool,
+    require: bool,
+) -> Run:
+    """Hardens this process, which reads and writes only these paths then. Logs the measures that are not in force."""
+    notifier = Notifier(os.environ)
+    process_metrics.open_process_files()
+    read = [*interpreter_paths(), OVERFLOW_UID_FILE, *(NETWORK_PATHS if network else ()), *read]
+    for measure in harden(arena, read=read, write=write, allow_network=network, require=require):
+        if not measure.in_force:
+            log.warning("hardening measure not in force", measure=measure.name, why=measure.why)
+    return Run(signals, notifier, log)
 
 
 async def every(seconds: float, chore: Callable[[], None]) -> None:
