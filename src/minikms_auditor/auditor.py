@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
@@ -92,31 +93,22 @@ class _AlarmError(Exception):
     """Nothing may be signed. The text is for the operator."""
 
 
+@dataclass(eq=False)
 class Auditor:
     """All steps run in one thread. `log` gets an event and a sentence, once for each change."""
 
-    def __init__(
-        self,
-        config: Config,
-        store: AuditorStore,
-        signers: Signers,
-        witnesses: Witnesses,
-        kms: Reporter,
-        *,
-        log: Callable[[str, str], None],
-        sinks: Sequence[Shipper] = (),
-        stopping: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._config = config
-        self._store = store
-        self._signers = signers
-        self._witnesses = witnesses
-        self._kms = kms
-        self._log = log
-        self._sinks = sinks
-        self._stopping = stopping
+    config: Config
+    store: AuditorStore
+    signers: Signers
+    witnesses: Witnesses
+    kms: Reporter
+    log: Callable[[str, str], None]
+    sinks: Sequence[Shipper] = ()
+    stopping: Callable[[], bool] = lambda: False
+
+    def __post_init__(self) -> None:
         self._tail: Tail | None = None
-        self._indexer = Indexer(os.path.join(config.state_dir, BLOCKS_NAME), config.log_dir)
+        self._indexer = Indexer(os.path.join(self.config.state_dir, BLOCKS_NAME), self.config.log_dir)
         self.check_index = False
         """Set by another thread that has found lines without an index: once it is whole, it is looked at again."""
         self._faults = 0
@@ -134,8 +126,8 @@ class Auditor:
         self._witnessed_at = 0
         self._submitted_s = float("-inf")
         self._recall_published()
-        for client in witnesses.clients:
-            client.known_size = 0 if store.state.witnessed is None else store.state.witnessed.size
+        for client in self.witnesses.clients:
+            client.known_size = 0 if self.store.state.witnessed is None else self.store.state.witnessed.size
 
     # --- a step -------------------------------------------------------------------------------------------------------
 
@@ -160,14 +152,14 @@ class Auditor:
             self._note_error("disk", "")
             self._note_error("signer", "")
             if whole and self._alarm:
-                self._log("alarm ended", self._alarm)
+                self.log("alarm ended", self._alarm)
                 self._alarm, self._pending = "", None
         self._show()
 
     def _act(self) -> bool:
         """Whether it was a whole step: the log was looked at, and a quorum has cosigned since the start."""
         answered = self._report()
-        self._heed(self._witnesses.collect().alarm)  # of one that answered late
+        self._heed(self.witnesses.collect().alarm)  # of one that answered late
         if not self._confirmed:
             self._confirm()
         whole = self._confirmed and answered and self._grow()
@@ -176,18 +168,18 @@ class Auditor:
             self._report()
         if whole:
             self._index()
-        self._store.archive()
+        self.store.archive()
         return whole
 
     def _stop(self, why: str, pause_s: float) -> None:
         self._close_tail()
         if why != self._alarm:
-            self._log("alarm", why)
+            self.log("alarm", why)
         self._alarm, self._look_again_s = why, time.monotonic() + pause_s
 
     def _note_error(self, what: str, text: str) -> None:
         if text and self._errors.get(what) != text:
-            self._log(f"{what} failed", text)
+            self.log(f"{what} failed", text)
         self._errors[what] = text
 
     # --- the key service ----------------------------------------------------------------------------------------------
@@ -208,12 +200,12 @@ class Auditor:
 
     def _taken(self) -> Cursor | None:
         """The last line that both the published tree and every required sink have; None if there is none."""
-        witnessed = self._store.state.witnessed
+        witnessed = self.store.state.witnessed
         if witnessed is None:
             return None
         line = witnessed.line
         lowest = Cursor(1, line.log_id, line.seq, line.sig)
-        for sink in self._sinks:
+        for sink in self.sinks:
             if sink.required:
                 cursor = sink.cursor
                 if cursor is None or cursor.log_id != lowest.log_id or not cursor.sig:
@@ -222,7 +214,7 @@ class Auditor:
         return lowest
 
     def _ask(self, line: Cursor | None) -> AuditPositionAnswer:
-        report = partial(self._kms.report_audit_position, origin=self._config.origin)
+        report = partial(self.kms.report_audit_position, origin=self.config.origin)
         if line is not None:
             try:
                 return report(log_id=line.log_id, seq=line.seq, mac=line.sig)
@@ -234,7 +226,7 @@ class Auditor:
 
     def _grow(self) -> bool:
         """Take every line up to the durable one that may enter the tree. False if not all could be read."""
-        while not self._stopping():
+        while not self.stopping():
             try:
                 grown = self._opened_tail().read(self._durable)
             except UnknownLogError:
@@ -259,19 +251,19 @@ class Auditor:
 
     def _opened_tail(self) -> Tail:
         """The reader of the daemon's log. Raises OSError, TilesError."""
-        tail, line = self._tail, self._store.state.line
+        tail, line = self._tail, self.store.state.line
         # A daemon that calls fewer lines durable than it did may have an older copy of the log.
         if tail is not None and tail.log_id == self._log_id and tail.seq <= self._durable.seq:
             return tail
         self._close_tail()
-        directory = self._config.log_dir
+        directory = self.config.log_dir
         if line is not None and line.log_id == self._log_id:
-            leaf = self._store.edge.last_leaf(self._store.read)
+            leaf = self.store.edge.last_leaf(self.store.read)
             tail = Tail(directory, self._log_id, line=line, leaf=leaf)
-        elif any(log.log_id == self._log_id for log in self._store.state.logs):
+        elif any(log.log_id == self._log_id for log in self.store.state.logs):
             raise LogFaultError(f"the log {self._log_id} is an earlier one of the tree: an older copy was put back")
         else:
-            trusted = {*self._config.trusted_keys, *self._store.state.keys, *accepted_keys(self._config.state_dir)}
+            trusted = {*self.config.trusted_keys, *self.store.state.keys, *accepted_keys(self.config.state_dir)}
             tail = Tail(directory, self._log_id, line=None, trusted=trusted, may_be_cut=line is None)
         self._tail = tail
         return tail
@@ -282,7 +274,7 @@ class Auditor:
             self._tail = None
 
     def _commit(self, grown: Grown) -> None:
-        state, edge = self._store.state, self._store.edge.copy()
+        state, edge = self.store.state, self.store.edge.copy()
         logs = state.logs
         if not logs or logs[-1].log_id != grown.line.log_id:
             logs = (*logs, LogRange(grown.line.log_id, state.size, grown.first_seq))
@@ -294,16 +286,16 @@ class Auditor:
             state, size=edge.size, root=edge.root(), logs=logs, line=grown.line, keys=keys
         )
         try:
-            self._store.commit(edge, grown_state)
+            self.store.commit(edge, grown_state)
         except BaseException:
             self._close_tail()  # its leaves are read again
             raise
         self._note = None
-        self._store.archive()
+        self.store.archive()
 
     def _index(self) -> None:
         """Without an index `minikms audit find` reads the log, so a failure stops nothing."""
-        line = self._store.state.line
+        line = self.store.state.line
         try:
             if self.check_index and self._indexer.idle:
                 self._indexer.reset()
@@ -320,39 +312,39 @@ class Auditor:
 
     def _confirm(self) -> None:
         """After a start: nothing may be added before a quorum has cosigned the tree as it is."""
-        if self._store.state.size == 0 or not self._witnesses.clients:
+        if self.store.state.size == 0 or not self.witnesses.clients:
             self._confirmed = True
         else:
             self._submit()
 
     def _is_due(self) -> bool:
-        state = self._store.state
+        state = self.store.state
         if state.size == 0:
             return False
         if state.witnessed is None or state.witnessed.size != state.size:
             return True
-        due_s = self._submitted_s + self._config.resubmit_seconds
-        return bool(self._witnesses.clients) and time.monotonic() >= due_s
+        due_s = self._submitted_s + self.config.resubmit_seconds
+        return bool(self.witnesses.clients) and time.monotonic() >= due_s
 
     def _submit(self) -> None:
         """Sign the tree checkpoint, have it cosigned, and publish it with its quorum. Raises _AlarmError, TokenError,
         StorageUnavailableError.
         """
-        state = self._store.state
-        if state.line is None or not self._witnesses.may_reach(self._config.quorum):
+        state = self.store.state
+        if state.line is None or not self.witnesses.may_reach(self.config.quorum):
             return
         if self._note is None:
-            text = Checkpoint(self._config.origin, state.size, state.root).text()
-            self._note = Note(text, self._signers.sign(text))
-        node = Tiles(self._store.read, state.size).node
-        answers = self._witnesses.submit(Submission(self._note, state.size, node), self._config.quorum)
+            text = Checkpoint(self.config.origin, state.size, state.root).text()
+            self._note = Note(text, self.signers.sign(text))
+        node = Tiles(self.store.read, state.size).node
+        answers = self.witnesses.submit(Submission(self._note, state.size, node), self.config.quorum)
         self._heed(answers.alarm)
         self._note = self._note.with_signatures(answers.signatures)
         times = sorted((cosigned_at(each) or 0 for each in answers.signatures), reverse=True)
-        quorum = self._config.quorum
+        quorum = self.config.quorum
         if len(times) < quorum:
             return
-        self._store.publish(self._note.encode(), Witnessed(state.size, state.line))
+        self.store.publish(self._note.encode(), Witnessed(state.size, state.line))
         self._confirmed = True
         self._submitted_s = time.monotonic()
         self._witnessed_at = times[quorum - 1] if quorum else 0
@@ -365,26 +357,26 @@ class Auditor:
 
     def _recall_published(self) -> None:
         """The times of the tree checkpoint that was published before the start."""
-        content = published(self._config.state_dir)
-        keys = tuple(client.key for client in self._witnesses.clients)
+        content = published(self.config.state_dir)
+        keys = tuple(client.key for client in self.witnesses.clients)
         if content is None:
             return
         try:
-            opened = open_checkpoint(content, WitnessPolicy(self._signers.verifiers, keys, self._config.quorum))
+            opened = open_checkpoint(content, WitnessPolicy(self.signers.verifiers, keys, self.config.quorum))
         except NoteError:  # other signers or witnesses since
             return
-        self._witnessed_at = opened.quorum_time(self._config.quorum) or 0
+        self._witnessed_at = opened.quorum_time(self.config.quorum) or 0
 
     # --- status -------------------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
-        state = self._store.state
+        state = self.store.state
         witnessed = state.witnessed
         same_log = witnessed is not None and witnessed.line.log_id == self._log_id
         position = witnessed.line.seq if witnessed is not None and (same_log or not self._log_id) else 0
         return Status(
-            origin=self._config.origin,
-            vkeys=tuple(key.text() for key in self._signers.verifiers),
+            origin=self.config.origin,
+            vkeys=tuple(key.text() for key in self.signers.verifiers),
             updated_at=int(time.time()),
             alarm=self._alarm,
             errors=tuple(f"{what}: {text}" for what, text in self._errors.items() if text),
@@ -395,19 +387,19 @@ class Auditor:
             position_seq=position,
             durable_seq=self._durable.seq,
             lag_lines=max(0, self._durable.seq - position),
-            quorum=self._config.quorum,
+            quorum=self.config.quorum,
             witnesses=tuple(
                 WitnessStatus(client.key.name, client.url, client.cosigned_at, client.error)
-                for client in self._witnesses.clients
+                for client in self.witnesses.clients
             ),
             pending=self._pending,
-            sinks=tuple(sink.status() for sink in self._sinks),
+            sinks=tuple(sink.status() for sink in self.sinks),
             indexed_seq=self._indexer.seq,
         )
 
     def _show(self) -> None:
         try:
-            self._store.show(as_json(self.status()).encode())  # ASCII: a terminal shows it as it is
+            self.store.show(as_json(self.status()).encode())  # ASCII: a terminal shows it as it is
         except KmsRefusedError as error:
             self._note_error("status.json", str(error))
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
@@ -45,28 +46,18 @@ class ClientOperation(Generic[T]):
     __slots__ = ()
 
 
+@dataclass(slots=True, eq=False)
 class One(ClientOperation[T]):
     """One request. `request` is a function where the body holds a root key: it makes the body, which is wiped after it
     was sent. `named` is then the id in the path.
     """
 
-    __slots__ = ("named", "read", "request", "request_id", "timeout_s", "verb")
-
-    def __init__(
-        self,
-        verb: Verb[Any, T],
-        request: api.Request | Sent | Callable[[], bytearray],
-        request_id: str | None = None,
-        *,
-        named: str = "",
-        timeout_s: float | None = None,
-    ) -> None:
-        self.verb: Verb[Any, Any] = verb
-        self.request = request
-        self.request_id = request_id
-        self.named = named
-        self.timeout_s = timeout_s
-        self.read: Callable[[Any], Any] | None = None
+    verb: Verb[Any, T]
+    request: api.Request | Sent | Callable[[], bytearray] = field(repr=False)
+    request_id: str | None = None
+    named: str = ""
+    timeout_s: float | None = None
+    read: Callable[[Any], Any] | None = None
 
     def then(self, read: Callable[[T], V]) -> One[V]:
         """The same request, whose value is that of `read`."""
@@ -84,33 +75,24 @@ class One(ClientOperation[T]):
         return value
 
 
+@dataclass(slots=True, eq=False)
 class Many(ClientOperation[list[T]]):
     """Requests for any number of items: `batch` makes one of a run of items, `read` the outcomes of its answer."""
 
-    __slots__ = ("_batch", "_items", "_read", "_request_id", "_verb")
-
-    def __init__(
-        self,
-        verb: Verb[Any, A],
-        items: Sequence[Any],
-        batch: Callable[[Sequence[Any]], Sent],
-        read: Callable[[A, int], list[T]],
-        request_id: str | None = None,
-    ) -> None:
-        self._verb: Verb[Any, Any] = verb
-        self._items = items
-        self._batch = batch
-        self._read: Callable[[Any, int], list[T]] = read
-        self._request_id = request_id
+    verb: Verb[Any, Any]
+    items: Sequence[Any] = field(repr=False)
+    batch: Callable[[Sequence[Any]], Sent]
+    read: Callable[[Any, int], list[T]]
+    request_id: str | None = None
 
     def split(self, items_max: int = api.BATCH_ITEMS_MAX) -> Iterator[One[list[T]]]:
         """The requests, in order. Raises InvalidRequestError or TooLargeError before the first one."""
-        for run in chunks(self._items, items_max):
+        for run in chunks(self.items, items_max):
             read = partial(self._outcomes, len(run))
-            yield One(self._verb, self._batch(run), self._request_id).then(read)
+            yield One(self.verb, self.batch(run), self.request_id).then(read)
 
     def _outcomes(self, count: int, answer: object) -> list[T]:
-        return self._read(answer, count)
+        return self.read(answer, count)
 
 
 class BlockingRunner(ABC):

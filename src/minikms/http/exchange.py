@@ -12,6 +12,7 @@ import re
 import socket
 import ssl
 from collections.abc import Awaitable, Hashable
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Final, NamedTuple, Protocol, TypeVar
@@ -66,30 +67,19 @@ class HttpRequest(msgspec.Struct, gc=False):
         return self.head.request_id
 
 
+@dataclass(slots=True, eq=False)
 class Response:
     """An answer. `close`: the connection ends after it. `headers`: further (name, value) pairs without line breaks.
 
     `uncommitted`: it is sent as it is, even if the turn's `Application.commit` fails or has to wait.
     """
 
-    __slots__ = ("body", "close", "content_type", "headers", "status", "uncommitted")
-
-    def __init__(
-        self,
-        status: int,
-        body: bytes,
-        content_type: str = JSON,
-        close: bool = False,
-        headers: tuple[tuple[str, str], ...] = (),
-        *,
-        uncommitted: bool = False,
-    ) -> None:
-        self.uncommitted = uncommitted
-        self.status = status
-        self.body = body
-        self.content_type = content_type
-        self.close = close
-        self.headers = headers
+    status: int
+    body: bytes = field(repr=False)
+    content_type: str = JSON
+    close: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
+    uncommitted: bool = False
 
 
 def error_response(status: int, code: str, sentence: str, *, close: bool = False) -> Response:

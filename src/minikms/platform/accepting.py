@@ -12,6 +12,7 @@ import contextlib
 import resource
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Final
 
 ACCEPTS_PER_TURN_COUNT_MAX: Final = 32
@@ -31,29 +32,26 @@ def raise_descriptor_limit(wanted: int) -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
+@dataclass(eq=False)
 class AcceptLoop:
-    """Accepts the connections of a listening socket, from construction to `close`. The socket stays the caller's."""
+    """Accepts the connections of a listening socket, from construction to `close`. The socket stays the caller's.
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        loop: asyncio.AbstractEventLoop,
-        *,
-        accepted: Callable[[socket.socket, Any], None],
-        failed: Callable[[OSError], None],
-    ) -> None:
-        """`listener` is non-blocking, and so is the connection that `accepted` gets with the address of its peer."""
-        self._listener = listener
-        self._loop = loop
-        self._accepted = accepted
-        self._failed = failed
+    `listener` is non-blocking, and so is the connection that `accepted` gets with the address of its peer.
+    """
+
+    listener: socket.socket
+    loop: asyncio.AbstractEventLoop
+    accepted: Callable[[socket.socket, Any], None]
+    failed: Callable[[OSError], None]
+
+    def __post_init__(self) -> None:
         self._pause: asyncio.TimerHandle | None = None
         self._listen()
 
     def close(self, last_turns: int = 0) -> None:
         """Accept what the kernel has taken, in `last_turns` at most, and nothing more."""
         if self._pause is None:
-            self._loop.remove_reader(self._listener.fileno())
+            self.loop.remove_reader(self.listener.fileno())
             for _ in range(last_turns):
                 self._accept()
         if self._pause is not None:
@@ -61,18 +59,18 @@ class AcceptLoop:
 
     def _listen(self) -> None:
         self._pause = None
-        self._loop.add_reader(self._listener.fileno(), self._accept)
+        self.loop.add_reader(self.listener.fileno(), self._accept)
 
     def _accept(self) -> None:
         for _ in range(ACCEPTS_PER_TURN_COUNT_MAX):
             try:
-                connection, peer = self._listener.accept()
+                connection, peer = self.listener.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
             except OSError as error:  # EMFILE, ENFILE, ENOBUFS, ENOMEM; any other would repeat itself as well
-                self._failed(error)
-                self._loop.remove_reader(self._listener.fileno())
-                self._pause = self._loop.call_later(ACCEPT_PAUSE_SECONDS, self._listen)
+                self.failed(error)
+                self.loop.remove_reader(self.listener.fileno())
+                self._pause = self.loop.call_later(ACCEPT_PAUSE_SECONDS, self._listen)
                 return
             connection.setblocking(False)
-            self._accepted(connection, peer)
+            self.accepted(connection, peer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlencode
 
@@ -126,17 +127,15 @@ class Lifetime(NamedTuple):
     until: float
 
 
+@dataclass(eq=False)
 class TransitCaller:
     """One request of a principal. `head`: of the client's request, whose id goes along."""
 
-    def __init__(
-        self, who: str, head: ParsedHead, ask: Ask, remembered: Remembered, lifetime: Callable[[], Lifetime]
-    ) -> None:
-        self.who = who
-        self.lifetime = lifetime
-        self._head = head
-        self._ask = ask
-        self._remembered = remembered
+    who: str
+    head: ParsedHead
+    ask: Ask
+    remembered: Remembered
+    lifetime: Callable[[], Lifetime]
 
     async def native(
         self,
@@ -149,9 +148,9 @@ class TransitCaller:
     ) -> T:
         """The answer to a request of the key service. `packed`: both are MessagePack. Raises KmsRefusedError."""
         encode, decode = (_PACK, msgspec.msgpack.decode) if packed else (_JSON, msgspec.json.decode)
-        head = msgspec.structs.replace(self._head, content_type=api.MSGPACK if packed else "")
+        head = msgspec.structs.replace(self.head, content_type=api.MSGPACK if packed else "")
         request = HttpRequest(head, memoryview(b"" if body is None else encode(body)))
-        answer = await self._ask(verb, self.who, request, target)
+        answer = await self.ask(verb, self.who, request, target)
         if isinstance(answer, Response) and answer.status != 200:
             raise _refusal(answer)
         try:
@@ -161,13 +160,13 @@ class TransitCaller:
 
     async def ready(self) -> None:
         """Checks that the key service serves. Raises its error otherwise."""
-        answer = await self._ask(api.READY, self.who, HttpRequest(self._head, memoryview(b"")), None)
+        answer = await self.ask(api.READY, self.who, HttpRequest(self.head, memoryview(b"")), None)
         if isinstance(answer, Response) and answer.status != 200:
             raise _refusal(answer)
 
     async def key(self, name: str, *, at_least: int = 0) -> TransitKey:
         """A key that may be out of date, but has the version `at_least` if there is one. Raises VaultError."""
-        found = self._remembered.get(self.who, name)
+        found = self.remembered.get(self.who, name)
         return found if found is not None and at_least <= found.latest else await self.found(name)
 
     async def found(self, name: str) -> TransitKey:
@@ -183,11 +182,11 @@ class TransitCaller:
         async for page in self._pages(VERSIONS_PAGES_MAX, thread_id=THREAD_PREFIX + name):
             keys += [key for key in page if key.number]
         if not keys:
-            self._remembered.forget(self.who, name)
+            self.remembered.forget(self.who, name)
             return None
         versions = {key.number: Version(key.key_id, _unix(key.created_at)) for key in keys}
         key = TransitKey(name, keys[-1].purpose, versions)
-        self._remembered.put(self.who, key)
+        self.remembered.put(self.who, key)
         return key
 
     async def names(self) -> list[str]:
