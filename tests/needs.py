@@ -45,6 +45,7 @@ _DEBIAN_PACKAGES = {
     "haproxy": "haproxy",
     "help2man": "help2man",
     "ip": "iproute2",
+    "java": "default-jre-headless",
     "jose": "jose",
     "kustomize": "kustomize",
     "lintian": "lintian",
