@@ -54,17 +54,18 @@ def doctor(
         page["database"] = _examined(chosen.store, shown=not json)
     client = AdminClient.from_config(chosen, url)
     page["readiness"] = client.call("GET", "/admin/readiness")
-    if not page["readiness"]["key_service"]:
+    found = conditions_of(page["readiness"])
+    unseen = any(one.name == "key_service_unseen" for one in found)
+    if not page["readiness"]["key_service"] and not unseen:
         if repair:
             page["repaired"] = client.call("POST", "/admin/orphaned_keys/retire", timeout_s=REPAIR_S_MAX)
         page["orphaned_keys"] = list(_listed(client, "/admin/orphaned_keys"))
         page["lost_keys"] = list(_listed(client, "/admin/lost_keys"))
-    found = conditions_of(page["readiness"])
     for name, member in (("keys_lost", "lost_keys"), ("keys_orphaned", "orphaned_keys")):
         if keys := page.get(member):
             found.append(state(name, count=f"{len(keys):,}"))
     page["conditions"] = by_severity(found)
-    wrong = page.get("database", {}).get("problems") or any(one.severity != NOTICE for one in found)
+    wrong = page.get("database", {}).get("problems") or unseen or any(one.severity != NOTICE for one in found)
     print_result(page, _lines(page, good=not wrong), json=json)
     return 1 if wrong else 0
 

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,13 @@ from tests.progressdb_server.api.certificates import self_signed
 from tests.progressdb_server.api.real_server import real_server
 
 OTHER_UID = 54321
+POLICY = """version = 1
+[[grant]]
+name = "server"
+principals = ["uid:{uid}"]
+roles = ["create", "encrypt", "decrypt"]
+threads = ["*"]
+"""
 
 
 def progressdb(*words: str, uid: int | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -126,3 +134,23 @@ def test_a_backup_that_another_server_made_is_not_reported_as_made(
     monkeypatch.setattr(AdminClient, "call", lambda *_, **__: {})
     with pytest.raises(CommandError, match="has backed up another store: it made no"):
         backup.create("monday", store_only=True, url="http://127.0.0.1:1", flags=StoreFlags(str(tmp_path)))
+
+
+def test_what_the_key_service_does_not_show_is_never_called_well(tmp_path: Path) -> None:
+    """The server's user lacks the role `monitor`: status, doctor and the gauge say that nobody looked."""
+    for name in ("kms", "server", "policy"):
+        (tmp_path / name).mkdir(mode=0o755)
+    policy = tmp_path / "policy" / "policy.toml"
+    policy.write_text(POLICY.format(uid=os.geteuid()))
+    policy.chmod(0o644)
+    with LiveDaemon(tmp_path / "kms", "file", "--policy", str(policy)) as kms:
+        variables: dict[str, Any] = {"PROGRESSDB_KMS_SOCKET": str(kms.socket), "PROGRESSDB_KMS_SPAWN": "0"}
+        with real_server(tmp_path / "server", environment=variables) as server:
+            at = ("--url", f"http://127.0.0.1:{server.port}")
+            told: dict[str, Any] = {"PROGRESSDB_API_ADMIN_KEYS": ADMIN, "PROGRESSDB_DB_PATH": str(server.db)}
+            for command in ("status", "doctor"):
+                said = progressdb(command, *at, **told, **variables)
+                assert (said.returncode, "notice: key_service_unseen: " in said.stdout) == (1, True), said
+                assert "nothing is wrong" not in said.stdout
+            page = server("GET", "/metrics", key=ADMIN).body.decode()
+            assert 'progressdb_condition{condition="key_service_unseen",severity="notice"} 1.0' in page
