@@ -90,6 +90,10 @@ class StoreMetrics(Collector):
         self._group_writes.add(writes)
         self._commit_seconds.add(seconds)
 
+    def slowest(self) -> Mean | None:
+        """The mean of a commit to the disk."""
+        return mean_of("commit", self._commit_seconds)
+
     def opened(self, records: int) -> None:
         self._opened.add(records)
 

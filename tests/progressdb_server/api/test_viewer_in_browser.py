@@ -138,6 +138,30 @@ def test_a_running_job_is_followed_without_reloading(server: RealServer, page: B
     assert begun.json["new_key"] in page.evaluate("document.querySelector('article footer').textContent")
 
 
+def test_what_is_wrong_leads_to_its_page_in_one_click(server: RealServer, page: Browser) -> None:
+    """A job is paused. The overview says so, with the command; the page of the job has state, records and keys. The
+    overview also says where time goes, and leads to the keys; a thread leads to who read it.
+    """
+    thread = server("POST", "/v1/threads", {"title": "Paused", "author": "alice"}).json["id"]
+    for number in range(12):
+        server("POST", "/v1/messages", {"thread": thread, "author": "alice", "body": number})
+    asked = {"thread_id": thread, "records_per_second": 1}
+    job = server("POST", "/admin/rotate_thread_dek", asked, key=ADMIN).json["job_id"]
+    assert server("POST", f"/admin/jobs/{job}/pause", key=ADMIN).status == 200
+    page.go(url(server, "/viewer/"))
+    assert page.evaluate("document.querySelector('#part [role=status]').textContent").endswith("need attention.")
+    shown = page.evaluate("document.querySelector('#part').textContent")
+    assert f"progressdb jobs resume {job}" in shown
+    assert all(f"{where} " in shown for where in ("server", "key service", "disk"))
+    assert page.evaluate("document.querySelector('nav a[href=\"/viewer/keys\"]') !== null")
+    page.follow(f"document.querySelector('#part a[href=\"/viewer/jobs/{job}\"]').click()")
+    shown = page.evaluate("document.querySelector('main').textContent")
+    assert "paused, since" in shown and "0 failed" in shown and f"progressdb jobs resume {job}" in shown
+    page.go(url(server, f"/viewer/threads/{thread}"))
+    assert "verb=reads" in page.evaluate("[...document.links].find(a => a.textContent.startsWith('Who read')).href")
+    assert server("POST", f"/admin/jobs/{job}/cancel", key=ADMIN).status == 200
+
+
 def test_a_page_says_that_the_server_is_away_or_the_session_has_ended(server: RealServer) -> None:
     with Browser() as browser:
         browser.go(url(server, "/viewer/"))

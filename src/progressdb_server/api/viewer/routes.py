@@ -226,7 +226,11 @@ class Viewer:
             "charts": overview.charts(self._history, day=day),
             "day": day,
             "stats": stats,
-            "slowest": [one for one in (self._metrics.slowest(), kms.slowest()) if one is not None],
+            "slowest": {
+                "server": self._metrics.slowest(),
+                "key service": kms.slowest(),
+                "disk": self._store.metrics.slowest(),
+            },
             "keys": kms.last_status.keys if kms.last_status else None,
             "width": overview.CHART_WIDTH,
             "height": overview.CHART_HEIGHT,
