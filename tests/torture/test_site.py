@@ -25,6 +25,11 @@ LOADED = re.compile(
     re.IGNORECASE,
 )
 """What a browser loads from another host, without a click."""
+CUT = (
+    "[...document.querySelectorAll('article pre, .table-wrapper')]"
+    ".filter(e => e.scrollWidth > e.clientWidth).map(e => e.textContent)"
+)
+"""Code and tables that are wider than their place."""
 
 
 def make(site: Path, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -62,6 +67,11 @@ def test_a_reader_finds_pages_from_files_alone(site: Path) -> None:
         browser.go(f"{root}/docs/benchmarks.html")
         widths = browser.evaluate("[...document.querySelectorAll('article img')].map(e => e.naturalWidth)")
         assert len(widths) > 5 and all(widths)
+        browser.go(f"{root}/index.html")
+        assert browser.evaluate(CUT) == []
+        browser.size(380, 800)
+        browser.go(f"{root}/docs/compared.html")
+        assert browser.evaluate(CUT) == []
         assert browser.complaints == []
         assert {url.partition(":")[0] for url in browser.requested} <= {"file", "data"}
 

@@ -242,12 +242,15 @@ def relocate(environment: Path, place: str) -> None:
         elif not path.is_symlink():
             path.unlink()  # a program of a library, or `activate`, which names the place where it was made
     (environment / ".gitignore").unlink(missing_ok=True)
+    shutil.rmtree(environment / "share" / "doc")  # the package has the pages in /usr/share/doc
     config = environment / "pyvenv.cfg"
     lines = config.read_text("utf-8").splitlines(keepends=True)
     config.write_text("".join(line for line in lines if not line.startswith("command")), "utf-8")
     for record in environment.glob("lib/python3*/site-packages/*.dist-info/RECORD"):  # has digests of the scripts
         lines = record.read_text("utf-8").splitlines(keepends=True)
-        record.write_text("".join(line for line in lines if not line.startswith("../../../bin/")), "utf-8")
+        record.write_text(
+            "".join(line for line in lines if not line.startswith(("../../../bin/", "../../../share/doc/"))), "utf-8"
+        )
 
 
 def copyright_of(template: Path, sbom: dict[str, object]) -> bytes:

@@ -9,3 +9,5 @@ html_show_search_summary = False  # a summary is fetched, which a page opened fr
 html_copy_source = False
 smartquotes = False  # two hyphens would become a dash
 myst_heading_anchors = 6
+html_static_path = ["static"]
+html_css_files = ["site.css"]

@@ -82,8 +82,8 @@ OWN_SOCKETS: Final = ("kms/minikms.sock", "data/run/minikms.sock")
 PACKAGE_SOCKET: Final = "/run/minikms/minikms.sock"
 """The socket of the units of `deploy/systemd`. Only root can make /run/minikms."""
 PAGES: Final = (
-    "The runbook and the other pages that messages name are in `docs` of the source; Debian has them in "
-    "/usr/share/doc/progressdb. "
+    "The runbook and the other pages that messages name are in share/doc/progressdb of the environment; Debian has "
+    "them in /usr/share/doc/progressdb. "
 )
 SERVER_UIDS_VARIABLE: Final = "PROGRESSDB_KMS_SERVER_UIDS"
 UNTRUSTED_ADVICE: Final = f"If that user is meant to serve it, give --server-uid, or set {SERVER_UIDS_VARIABLE}"
