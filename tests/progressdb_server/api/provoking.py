@@ -276,7 +276,7 @@ def unknown(world: World, operation: str) -> Reply:
     """What the path, the body or the query names is not there."""
     method, path = operation.split(" ", 1)
     if path.startswith("/viewer"):
-        named = world.good(operation)._replace(target=path.format(thread="nothing", message="msg-1-000001"))
+        named = world.good(operation)._replace(target=path.format(thread="nothing", message="msg-1-000001", job=NO_JOB))
         return world(named.query("q=msg-%2F") if path == "/viewer/threads" else named)
     if operation == "POST /admin/rotate_thread_dek":
         return world(Ask(method, path, {"thread_id": "nothing"}))
