@@ -33,7 +33,7 @@ from minikms.audit.record import ACTOR_SELF, Facts
 from minikms.crypto.shares import SHARES_COUNT_MAX
 from minikms.platform.clock import now_ns, rfc3339
 from minikms.platform.files import read_file_bounded, remove_file, replace_file
-from minikms.policy import Principal
+from minikms.policy.principal import Principal
 
 MARKER_NAME: Final = "sealed.json"
 ATTEMPTS_NAME: Final = "unseal-attempts.json"

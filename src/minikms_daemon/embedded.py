@@ -32,7 +32,8 @@ from minikms.datadir import SERVICE_SLOTS, Options, lock_data_dir, open_for_serv
 from minikms.http import Response
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
-from minikms.policy import Policy, Principal
+from minikms.policy.policy import Policy
+from minikms.policy.principal import Principal
 from minikms.roots.providers import DevelopmentKey, KeyFile, RootProvider
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.encoding import json_answer

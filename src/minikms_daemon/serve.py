@@ -53,8 +53,10 @@ from minikms.platform.logs import Log, service_logger
 from minikms.platform.notify import Notifier
 from minikms.platform.process_metrics import open_process_files
 from minikms.platform.workers import in_worker
-from minikms.policy import FilePolicy, Meters, Policy, PolicyFileError
-from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME, Meters
+from minikms.policy.policy import Policy
+from minikms.policy.rules import PolicyFileError
 from minikms.processes.flags import DATA_USER_ADVICE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSING
 from minikms.processes.peer import overflow_uid
 from minikms.processes.running import Run, every

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from minikms.memory import seccomp
-from minikms.policy import parse_policy
+from minikms.policy.rules import parse_policy
 from tests import needs
 from tests.deploy import pods
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from minikms.policy import FilePolicy, parse_policy
 from minikms.policy.explanation import explain
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.rules import parse_policy
 from tests.harness import forked
 
 SHIPPED = Path(__file__).parents[2] / "deploy" / "policy.toml"

@@ -18,7 +18,10 @@ from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
 from minikms.http import Response
-from minikms.policy import FilePolicy, Meters, Principal, parse_policy
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.meters import Meters
+from minikms.policy.principal import Principal
+from minikms.policy.rules import parse_policy
 from minikms_daemon.service.access import Access
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.keys import KeyVerbs

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from minikms import seal_files as files
-from minikms.policy import Policy, Principal
+from minikms.policy.policy import Policy
+from minikms.policy.principal import Principal
 from minikms.seal_files import AttemptRecords, Marker, Outcome
 from minikms_daemon.seal.unseal import FREE_FAILURES, SlowDown
 

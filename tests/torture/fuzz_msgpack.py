@@ -19,10 +19,10 @@ from typing import Any
 import msgspec
 
 from minikms import api
-from minikms.api import Verb
+from minikms.api import ROLES, Verb
 from minikms.api.errors import KmsRefusedError
 from minikms.http import Response
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms_daemon.server import strictmsgpack
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.records import RecordVerbs

@@ -7,13 +7,14 @@ field is refused. It must never know a particular verb: those are in `minikms.ap
 
 from __future__ import annotations
 
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Final, Generic, Literal, TypeVar, get_args
 
 import msgspec
 
 Role = Literal[
     "create", "encrypt", "decrypt", "rotate", "destroy", "data_key", "audit", "monitor", "unseal", "ship", "replicate"
 ]
+ROLES: Final[frozenset[Role]] = frozenset(get_args(Role))
 Purpose = Literal["thread", "data", "mac", "derived"]
 """`derived` is `data` for callers who bind each record to a context (docs/spec/transit.md)."""
 State = Literal["active", "retired", "destroyed"]

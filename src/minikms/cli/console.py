@@ -275,7 +275,7 @@ def named_root(source: str, data_dir: str | None = None, keyring_id: Callable[[]
     from functools import partial
 
     from minikms.datadir import read_keyring, root_provider
-    from minikms.policy import parse_uids
+    from minikms.policy.policy import parse_uids
     from minikms.roots.key_file import FileOwner
     from minikms.roots.sources import Source, parse_source
     from minikms.roots.typed_shares import TypedShares

@@ -22,7 +22,7 @@ from minikms.commands.usage import EXIT_FAILED, EXIT_GOOD, CommandError
 from minikms.processes.flags import ALLOWED_UIDS_VARIABLE
 
 if TYPE_CHECKING:
-    from minikms.policy import Rules
+    from minikms.policy.rules import Rules
 
 app = App(name="policy", help="Check, explain and reload a policy file.", version_flags=[])
 
@@ -39,8 +39,8 @@ def check(file: File, *, json: Json = False) -> int:
     It does not check where the file lies and who may write it. Exit status: 0 the file is valid, 1 it is not, 2 it
     can't be read.
     """
-    from minikms.policy import PolicyFileError
     from minikms.policy.lint import warnings
+    from minikms.policy.rules import PolicyFileError
 
     try:
         rules = _read(file)
@@ -80,8 +80,9 @@ def explain(
     """
     from dataclasses import asdict
 
-    from minikms.policy import FilePolicy, parse_uids
     from minikms.policy.explanation import explain as explained
+    from minikms.policy.file_policy import FilePolicy
+    from minikms.policy.policy import parse_uids
 
     named = policy or Path(os.environ.get(POLICY_VARIABLE) or "")
     if not named.name:
@@ -128,7 +129,7 @@ def reload_policy(*, daemon: DaemonFlags = DaemonFlags(), json: Json = False) ->
 
 
 def _read(file: Path) -> Rules:
-    from minikms.policy import POLICY_BYTES_MAX, parse_policy
+    from minikms.policy.rules import POLICY_BYTES_MAX, parse_policy
 
     with file.open("rb") as opened:
         return parse_policy(opened.read(POLICY_BYTES_MAX + 1))

@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor
 from functools import partial
-from typing import Final, TypeVar
+from typing import Final, Literal, Self, TypeVar
 
 from minikms import api
 from minikms.api.errors import (
@@ -57,8 +57,8 @@ from minikms.custody.rotation_backups import BLANK_FILES_MAX, FoundRecords, Jour
 from minikms.custody.tombstone_file import Tombstones
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
-from minikms.keys.dek import DekRecord, move_dek
-from minikms.keys.index import KeyIndex
+from minikms.keys.dek import DekRecord, check_key_id, move_dek
+from minikms.keys.index import KeyIndex, KeyPage
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena
 from minikms.platform.clock import now_rfc3339
@@ -66,6 +66,8 @@ from minikms.platform.files import remove_left_temps
 from minikms.platform.logs import Log
 from minikms.platform.workers import in_worker
 
+StatusView = Literal["whole", "without_key_files", "reduced"]
+"""How much of `/status` a caller may see."""
 CACHE_KEYS_MAX: Final = 16_384
 CACHE_AGE_SECONDS_MAX: Final = 3600
 SCAN_PAUSE_SECONDS: Final = 0.001
@@ -451,6 +453,30 @@ class Vault:
     async def blank_records(self, within: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
         await in_worker(self._executor, partial(self.rotation_backups.blank, [within]))
+
+    # --- a caller without limits: what `ScopedKeys` decides for the others --------------------------------------------
+
+    status_view: StatusView = "whole"
+
+    def refresh(self) -> None:
+        """No policy can have changed."""
+
+    def permit_all_threads(self) -> None:
+        """Every thread is allowed."""
+
+    def allows_thread(self, thread_id: str) -> bool:
+        return True
+
+    def of_verb(self, verb: object) -> Self:
+        """The keys for what another verb does."""
+        return self
+
+    def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> KeyPage:
+        """Pages as `KeyIndex.page`. Raises InvalidRequestError for an `after` that is no key id."""
+        after = check_key_id(after) if after else ""
+        return self.index.page(after=after, limit=limit, thread_id=thread_id, state=state)
+
+    # --- the end -----------------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
         """Waits for the writes that have begun. No new ones may begin."""

@@ -8,52 +8,7 @@ and how much of each limit is used. docs/spec/policy.md is the specification. Ru
 3. A decision is a function of the principal, the role and the thread of the key's record. It needs no disk.
 4. A crash gives back nothing of an hourly limit.
 
-Modules, each importing only earlier ones: `names`, `patterns`, `rules` (the file), `principal` (the decision), `policy`
-(who connects), `meters` (limits), `explanation`, `lint`. Without a policy file, `Policy` alone decides, by uid. The
-room must never audit, and never hold a key.
+Modules, each importing only earlier ones: `principal`, `policy` (who connects); and for a policy file, which a daemon
+loads only if it has one, `names`, `patterns`, `rules` (the file), `file_policy` (who connects), `meters` (limits),
+`explanation`, `lint`. The room must never audit, and never hold a key.
 """
-
-from minikms.policy.meters import Charge, Cost, Meters, Taken
-from minikms.policy.names import PRINCIPAL_CHARS_MAX, PrincipalNameError, parse_name
-from minikms.policy.policy import ADMIN_ONLY, FILE_ONLY, UIDS_COUNT_MAX, FilePolicy, Policy, actor, parse_uids
-from minikms.policy.principal import Principal
-from minikms.policy.rules import (
-    POLICY_BYTES_MAX,
-    PROXIED_ROLES,
-    ROLES,
-    THREAD_ROLES,
-    Grant,
-    PolicyFileError,
-    Proxy,
-    Rules,
-    Scope,
-    parse_policy,
-)
-
-__all__ = [
-    "ADMIN_ONLY",
-    "FILE_ONLY",
-    "POLICY_BYTES_MAX",
-    "PRINCIPAL_CHARS_MAX",
-    "PROXIED_ROLES",
-    "ROLES",
-    "THREAD_ROLES",
-    "UIDS_COUNT_MAX",
-    "Charge",
-    "Cost",
-    "FilePolicy",
-    "Grant",
-    "Meters",
-    "Policy",
-    "PolicyFileError",
-    "Principal",
-    "PrincipalNameError",
-    "Proxy",
-    "Rules",
-    "Scope",
-    "Taken",
-    "actor",
-    "parse_name",
-    "parse_policy",
-    "parse_uids",
-]

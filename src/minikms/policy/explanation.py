@@ -14,8 +14,8 @@ from typing import Final, Literal
 from minikms import api
 from minikms.api import Role
 from minikms.api.errors import ForbiddenError, InvalidRequestError
+from minikms.policy.file_policy import FilePolicy
 from minikms.policy.names import Name, parse_name
-from minikms.policy.policy import FilePolicy
 from minikms.policy.rules import PROXIED_ROLES, THREAD_ROLES, Grant, GrantLimits, Rules, Scope
 
 CHANGES_COUNT_MAX: Final = 4

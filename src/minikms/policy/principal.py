@@ -6,12 +6,16 @@ role than those of `minikms.policy.rules.PROXIED_ROLES`. It must never decide ab
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import msgspec
 
-from minikms.api import Role
+from minikms.api import Role, Verb
 from minikms.api.errors import ForbiddenError
-from minikms.policy.meters import Charge
-from minikms.policy.rules import Scope
+
+if TYPE_CHECKING:
+    from minikms.policy.meters import Charge
+    from minikms.policy.rules import Scope
 
 
 class Principal(msgspec.Struct, frozen=True):
@@ -38,3 +42,11 @@ class Principal(msgspec.Struct, frozen=True):
                 f"{who} does not have the role {role}; the operator of the key service can give it with --admin-uids, "
                 "or in a grant of the policy file"
             )
+
+
+def require(who: Principal, verb: Verb[Any, Any]) -> None:
+    """Checks that the principal may use the verb at all. Raises ForbiddenError."""
+    if who.via and not verb.proxied:
+        raise ForbiddenError("a proxy can't ask for this on behalf of another; an operator of the key service can")
+    for role in verb.roles:
+        who.require(role)

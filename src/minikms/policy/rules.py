@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal, TypeVar, get_args
 
-from minikms.api import Role
+from minikms.api import ROLES, Role
 from minikms.api.errors import InvalidRequestError, StartError
 from minikms.api.printable import clean
 from minikms.policy.patterns import PrincipalPattern, ThreadPattern
@@ -35,7 +35,6 @@ PRINCIPAL_PATTERNS_COUNT_MAX: Final = 512
 THREAD_PATTERNS_COUNT_MAX: Final = 64
 """The patterns of threads in one grant."""
 
-ROLES: Final[frozenset[Role]] = frozenset(get_args(Role))
 THREAD_ROLES: Final[frozenset[Role]] = frozenset(("create", "encrypt", "decrypt", "data_key", "destroy", "monitor"))
 """Roles whose verbs act on keys of threads. The others concern the service as a whole."""
 PROXIED_ROLES: Final[frozenset[Role]] = frozenset(("create", "encrypt", "decrypt", "data_key", "monitor"))

@@ -8,20 +8,22 @@ clients try each host.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from msgspec.json import Decoder
 
 from minikms import api
 from minikms.api.errors import StandbyError
 from minikms.http import HttpRequest, Response, raised_response
-from minikms.policy import Meters, Principal
+from minikms.policy.principal import Principal, require
 from minikms_daemon.server import strictjson
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.server.lagging import RefusingApplication
-from minikms_daemon.service.access import require
 from minikms_daemon.service.encoding import Reply, json_answer
+
+if TYPE_CHECKING:
+    from minikms.policy.meters import Meters
 
 Act = Callable[[Principal, HttpRequest], Reply | Awaitable[Reply]]
 

@@ -44,7 +44,6 @@ from minikms.http import Application, Response
 from minikms.keys.unlocked import NeedsRootError
 from minikms.platform.clock import boot_ns
 from minikms.platform.logs import Log
-from minikms.policy import Meters
 from minikms_daemon.replica.application import Act, StandbyApplication, sealed_acts
 from minikms_daemon.replica.state import MemberState, Move, Seals
 from minikms_daemon.server.admission import Admission, Session
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
     from minikms.custody.replica_file import Mark
     from minikms.custody.vault import Vault
+    from minikms.policy.meters import Meters
     from minikms.roots.pin import PinFile
     from minikms_daemon.server.parts import Parts, RunContext
     from minikms_daemon.service.keks import KekVerbs

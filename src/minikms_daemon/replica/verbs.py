@@ -17,7 +17,7 @@ from minikms_daemon.service.base import VerbTable
 
 if TYPE_CHECKING:
     from minikms.http import Application
-    from minikms.policy import Meters
+    from minikms.policy.meters import Meters
     from minikms_daemon.server.admission import Admission, Session
     from minikms_daemon.server.application import KeyApplication
     from minikms_daemon.server.parts import Parts

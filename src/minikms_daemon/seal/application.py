@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from msgspec import UNSET
 from msgspec.json import Decoder
@@ -21,7 +21,7 @@ from minikms.api.errors import InvalidRequestError, SealedError
 from minikms.crypto.aead import scrub
 from minikms.http import HttpRequest, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
-from minikms.policy import Meters, Principal
+from minikms.policy.principal import Principal, require
 from minikms_daemon.seal.no_unlocking import SEALED_TEXT
 from minikms_daemon.seal.unseal import Unsealing
 from minikms_daemon.server import strictjson
@@ -29,8 +29,10 @@ from minikms_daemon.server.admission import Admission, AdmittingApplication, Ses
 from minikms_daemon.server.application import Seal
 from minikms_daemon.server.keybody import SecretText, take_key, take_text
 from minikms_daemon.server.status import reduced, without_policy_error
-from minikms_daemon.service.access import require
 from minikms_daemon.service.encoding import Reply, json_answer
+
+if TYPE_CHECKING:
+    from minikms.policy.meters import Meters
 
 _decode_unseal: Final = Decoder(api.UnsealRequest)
 _decode_report: Final = Decoder(api.ReportAuditPositionRequest)

@@ -43,7 +43,7 @@ from minikms.http import Application, HttpServer, Limits
 from minikms.keys import keyring
 from minikms.platform import clock
 from minikms.platform.workers import in_worker
-from minikms.policy import Principal
+from minikms.policy.principal import Principal
 from minikms.roots.providers import UNLOCK, GivenKey, RootProvider
 from minikms.seal_files import Attempt, Lapse, LeaseEnd, Marker
 from minikms_daemon.audit.position import LogView, mac_of, view_on_disk

@@ -42,14 +42,14 @@ from minikms.keys.keyring import ShareSet
 from minikms.memory.arena import SecretSlot
 from minikms.platform import clock
 from minikms.platform.workers import in_worker
-from minikms.policy import Principal
+from minikms.policy.policy import renewed
+from minikms.policy.principal import Principal
 from minikms.roots.providers import GivenKey, RootAwayError, RootProvider, RootRefusedError
 from minikms.seal_files import Attempt, AttemptRecords, Kind, Outcome, write_attempts
 from minikms_daemon.seal.opening import Opener
 from minikms_daemon.seal.state import SealState
 from minikms_daemon.server.keybody import SecretText
 from minikms_daemon.server.parts import RunContext
-from minikms_daemon.service.access import renewed
 from minikms_daemon.service.encoding import Reply, json_answer
 
 FREE_FAILURES: Final = 5

@@ -18,7 +18,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from minikms import api
 from minikms.api.errors import ForbiddenError, KmsRefusedError, TooLargeError
@@ -32,9 +32,13 @@ from minikms.http import (
     error_response,
     raised_response,
 )
-from minikms.policy import Meters, Policy, Principal, actor
+from minikms.policy.policy import Policy, actor
+from minikms.policy.principal import Principal
 from minikms.processes.peer import PID_UNKNOWN, Peer, is_overflow_uid, read_peer
 from minikms_daemon.server.refusals import ACTOR_OTHERS, PRINCIPALS_OTHERS, RefusalAggregator
+
+if TYPE_CHECKING:
+    from minikms.policy.meters import Meters
 
 UNAUTHORISED_CONNECTIONS_MAX: Final = 64
 """Open connections of uids that are not allowed, so that they can't use up the places of the allowed ones."""

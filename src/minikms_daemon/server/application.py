@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 from msgspec import UNSET
@@ -21,9 +21,9 @@ from minikms.api import Verb
 from minikms.api.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.audit import Event
 from minikms.audit.record import TYPE_REFUSED
-from minikms.custody.vault import Permit, Vault
+from minikms.custody.vault import Permit, StatusView, Vault
 from minikms.http import HttpRequest, ParsedHead, Response, Routes, no_route, parse_query, path_id
-from minikms.policy import Meters, Principal
+from minikms.policy.principal import Principal, require
 from minikms_daemon.audit.turns import TurnAudit
 from minikms_daemon.server import metrics, strictmsgpack
 from minikms_daemon.server.admission import (
@@ -38,10 +38,13 @@ from minikms_daemon.server.keybody import take_key
 from minikms_daemon.server.metrics import VerbTimes, WeightedHistogram
 from minikms_daemon.server.status import reduced, without_key_files
 from minikms_daemon.server.strictjson import decode
-from minikms_daemon.service.access import Keys, ScopedKeys, require
 from minikms_daemon.service.base import Perform, VerbTable, request_event
 from minikms_daemon.service.encoding import Reply, json_answer
 from minikms_daemon.service.roots import WITH_ROOT
+
+if TYPE_CHECKING:
+    from minikms.policy.meters import Meters
+    from minikms_daemon.service.access import Keys
 
 READY: Final = Response(200, b"ready", content_type="text/plain")
 _PROBES: Final = {api.HEALTH.path: (api.HEALTH.method,), api.READY.path: (api.READY.method,)}
@@ -220,8 +223,7 @@ class KeyApplication(AdmittingApplication):
         return _Route(verb, verb.method, verb.name, read, self._table[verb])
 
     def _status(self, status: dict[str, object], keys: Keys) -> Response:
-        shown = visible_status(status, keys) if isinstance(keys, ScopedKeys) else status
-        return Response(200, json_answer(shown), uncommitted=_is_unavailable(status))
+        return Response(200, json_answer(visible_status(status, keys.status_view)), uncommitted=_is_unavailable(status))
 
     def _metrics(self, status: dict[str, object]) -> Response:
         body = metrics.page(status, times=self._times, batches=self._batches, policy_refusals=self._admission.refusals)
@@ -268,11 +270,11 @@ def _only_in_path(verb: Verb[Any, Any], given: dict[str, Any], request: HttpRequ
     return path_id(request.path)
 
 
-def visible_status(status: dict[str, object], keys: ScopedKeys) -> dict[str, object]:
-    """The part of the status that a caller which a policy limits may see."""
-    if keys.who.via:
+def visible_status(status: dict[str, object], view: StatusView) -> dict[str, object]:
+    """The part of the status that a caller may see."""
+    if view == "reduced":
         return reduced(status)
-    return status if keys.sees_all else without_key_files(status)
+    return status if view == "whole" else without_key_files(status)
 
 
 def _is_unavailable(status: dict[str, object]) -> bool:

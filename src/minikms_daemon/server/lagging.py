@@ -11,15 +11,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from minikms import api
 from minikms.api.errors import AuditLaggingError
 from minikms.http import HttpRequest, Response, raised_response
-from minikms.policy import Meters
 from minikms_daemon.server.admission import Admission, AdmittingApplication, Session
 from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.service.encoding import Reply
+
+if TYPE_CHECKING:
+    from minikms.policy.meters import Meters
 
 CHECK_SECONDS: Final = 0.1
 """How often the lag is compared with its bound. Lines become durable at this pace."""

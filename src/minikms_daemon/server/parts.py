@@ -35,7 +35,7 @@ from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
 from minikms.platform.workers import in_worker
-from minikms.policy import Meters
+from minikms.policy.meters import Meters
 from minikms.roots.key_file import replace_key
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile

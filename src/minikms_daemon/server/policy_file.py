@@ -25,7 +25,10 @@ from minikms.conditions import state
 from minikms.custody.vault import Permit, permitted
 from minikms.platform.logs import Log
 from minikms.platform.trusted_file import ROOT_UID, directory_read, read_trusted
-from minikms.policy import POLICY_BYTES_MAX, FilePolicy, Meters, Policy, PolicyFileError, Rules, parse_policy
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.meters import Meters
+from minikms.policy.policy import Policy
+from minikms.policy.rules import POLICY_BYTES_MAX, PolicyFileError, Rules, parse_policy
 
 _WHAT: Final = "policy file"
 _NOT_READ: Final = (

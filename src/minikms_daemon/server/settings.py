@@ -21,7 +21,7 @@ from minikms.audit.repair import IF_RESTORED
 from minikms.custody.vault import CACHE_KEYS_MAX
 from minikms.datadir import DEFAULT_OPTIONS, Options, root_provider
 from minikms.platform.process_metrics import Build
-from minikms.policy import parse_uids
+from minikms.policy.policy import parse_uids
 from minikms.processes.flags import (
     ADMIN_UIDS_VARIABLE,
     ALLOWED_UIDS_VARIABLE,

@@ -30,16 +30,18 @@ from minikms.api.errors import (
     InvalidRequestError,
     KeyNotFoundError,
     KeysNotReadError,
-    UnauthorizedError,
 )
 from minikms.audit import Event
 from minikms.crypto import aead
 from minikms.custody.destruction import Destroyed
 from minikms.custody.open_dek import OpenDek
-from minikms.custody.vault import Indexing, Vault
+from minikms.custody.vault import Indexing, StatusView, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes, not_found
 from minikms.keys.index import KeyPage
-from minikms.policy import Charge, Cost, Grant, Meters, Policy, Principal, Scope, Taken
+from minikms.policy.meters import Charge, Cost, Meters, Taken
+from minikms.policy.policy import Policy, renewed
+from minikms.policy.principal import Principal, require
+from minikms.policy.rules import Grant, Scope
 
 T = TypeVar("T")
 
@@ -52,25 +54,6 @@ _NO_THREAD: Final = ""
 def _pick(which: bool, yes: T, no: T) -> T:
     """One of the two, in the same steps: a conditional expression would branch, and show by its work which it was."""
     return (no, yes)[which]
-
-
-def require(who: Principal, verb: Verb[Any, Any]) -> None:
-    """Checks that the principal may use the verb at all. Raises ForbiddenError."""
-    if who.via and not verb.proxied:
-        raise ForbiddenError("a proxy can't ask for this on behalf of another; an operator of the key service can")
-    for role in verb.roles:
-        who.require(role)
-
-
-def renewed(who: Principal, policy: Policy, verb: Verb[Any, Any]) -> Principal:
-    """The principal under the policy in force, after a wait. Raises UnauthorizedError, ForbiddenError."""
-    if who.scope is None or who.scope.generation == policy.generation:
-        return who
-    now = policy.principal(who.uid, who.pid, who.actor if who.via else None)
-    if now is None:
-        raise UnauthorizedError(f"the policy has changed: uid {who.uid} may no longer use the key service")
-    require(now, verb)
-    return now
 
 
 @dataclass(kw_only=True)
@@ -187,9 +170,11 @@ class ScopedKeys:
         return keys
 
     @property
-    def sees_all(self) -> bool:
-        """Whether the status of the whole service concerns the principal: no proxy, no limit to threads."""
-        return not self.who.via and self._scope.everywhere("monitor") is not None
+    def status_view(self) -> StatusView:
+        """The part of the status that concerns the principal."""
+        if self.who.via:
+            return "reduced"
+        return "whole" if self._scope.everywhere("monitor") is not None else "without_key_files"
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 

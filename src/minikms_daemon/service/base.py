@@ -25,7 +25,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from operator import attrgetter
-from typing import Any, Final, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -36,9 +36,12 @@ from minikms.api.errors import ForbiddenError, KmsRefusedError, LimitExceededErr
 from minikms.audit import Event
 from minikms.custody.vault import Permit, Vault, permitted
 from minikms.http import Response
-from minikms.policy import Principal, Taken
-from minikms_daemon.service.access import Access, Keys, ScopedKeys, require
+from minikms.policy.principal import Principal, require
 from minikms_daemon.service.encoding import Reply, encoding_of, json_answer, refused_item
+
+if TYPE_CHECKING:
+    from minikms.policy.meters import Taken
+    from minikms_daemon.service.access import Access, Keys, ScopedKeys
 
 AUDIT_RETRY_SECONDS: Final = 1.0
 """Pause before a line about what the daemon did by itself is tried again."""
@@ -128,7 +131,7 @@ class VerbTable:
             return act(request, event, permitted)
 
         def act_scoped(keys: Keys, request: R, event: Event) -> Awaitable[A | Reply | AfterLine[A]]:
-            return act(request, event, keys.refresh if isinstance(keys, ScopedKeys) else permitted)
+            return act(request, event, keys.refresh)
 
         self._later(verb, act_unscoped, act_scoped, durable=durable, audited=audited)
 

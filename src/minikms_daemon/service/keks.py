@@ -15,7 +15,7 @@ import contextlib
 import re
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from msgspec import UNSET
 
@@ -31,7 +31,7 @@ from minikms.api.errors import (
     WrongSlotError,
 )
 from minikms.audit import Event
-from minikms.custody.vault import Vault, permitted
+from minikms.custody.vault import Vault
 from minikms.http import Response
 from minikms.keys import root_slots
 from minikms.keys.dek import check_key_id
@@ -41,11 +41,13 @@ from minikms.platform.clock import now_rfc3339
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import REPLACEABLE
 from minikms_daemon.rotation import KekRotation, Pruning
-from minikms_daemon.service.access import Keys, ScopedKeys
 from minikms_daemon.service.base import AUDIT_RETRY_SECONDS, AfterLine, VerbTable, another_line
 from minikms_daemon.service.encoding import json_answer
 from minikms_daemon.service.records import CIPHERTEXT_BYTES_MAX, decode_aad
 from minikms_daemon.service.root_removal import RootRemoval
+
+if TYPE_CHECKING:
+    from minikms_daemon.service.access import Keys
 
 REVOCATION_RETRY_SECONDS: Final = 5.0
 REVOCATION_RETRY_SECONDS_MAX: Final = 300.0
@@ -125,8 +127,7 @@ class KekVerbs:
             self._pin.check_new(root.view)
 
         def check(body: Body) -> None:
-            if isinstance(keys, ScopedKeys):
-                keys.refresh()
+            keys.refresh()
             if root is not None:
                 self._check_replaceable(body)
 
@@ -373,7 +374,7 @@ class KekVerbs:
         """
         if len(samples) > api.VERIFY_SAMPLES_MAX:
             raise TooManyError(f"verify takes at most {api.VERIFY_SAMPLES_MAX} samples; send fewer")
-        if samples and isinstance(keys, ScopedKeys):
+        if samples:
             keys = keys.of_verb(api.CHECK_BATCH)
         for sample in samples:
             self._vault.cache.drop(check_key_id(sample.key_id))
@@ -384,7 +385,7 @@ class KekVerbs:
 
     async def prune_keks(self, keys: Keys, request: api.PruneKekRequest, event: Event) -> api.PruneKekAnswer:
         """Destroys retired KEK versions that no live or backup file needs. That concerns the keys of all threads."""
-        permit = keys.permit_all_threads if isinstance(keys, ScopedKeys) else permitted
+        permit = keys.permit_all_threads
         permit()
         before = None if request.backups_before is UNSET else _check_stamp(request.backups_before)
         backups = before is not None or (request.backups is not UNSET and request.backups)

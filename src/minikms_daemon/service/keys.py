@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from functools import partial
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
@@ -18,9 +19,11 @@ from minikms.audit import Event
 from minikms.custody.vault import Indexing, Vault
 from minikms.keys.dek import DekRecord, check_key_id
 from minikms.memory.arena import fill_random
-from minikms_daemon.service.access import Keys
 from minikms_daemon.service.base import AfterLine, VerbTable
 from minikms_daemon.service.records import decode_aad
+
+if TYPE_CHECKING:
+    from minikms_daemon.service.access import Keys
 
 
 class KeyVerbs:

@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from functools import partial
+from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
@@ -25,8 +26,10 @@ from minikms.keys import dek
 from minikms.keys.dek import DekRecord, check_key_id
 from minikms.platform.clock import rfc3339
 from minikms.platform.workers import in_worker
-from minikms_daemon.service.access import Keys, ScopedKeys
 from minikms_daemon.service.base import AUDIT_RETRY_SECONDS, VerbTable, another_line
+
+if TYPE_CHECKING:
+    from minikms_daemon.service.access import Keys
 
 
 class LifecycleVerbs:
@@ -52,17 +55,13 @@ class LifecycleVerbs:
         if not 1 <= limit <= api.LIST_KEYS_COUNT_MAX:
             raise InvalidRequestError(f"limit must be a number from 1 to {api.LIST_KEYS_COUNT_MAX}")
         indexing = not self._indexing.complete  # with the page: the index may become complete while the files are read
-        if isinstance(keys, ScopedKeys):
-            page = keys.page(after=cursor, limit=limit, thread_id=thread_id, state=state)
-        else:
-            after = check_key_id(cursor) if cursor else ""
-            page = keys.index.page(after=after, limit=limit, thread_id=thread_id, state=state)
+        page = keys.page(after=cursor, limit=limit, thread_id=thread_id, state=state)
         described = await in_worker(self._reader, partial(self._describe_all, page.key_ids))
-        found = [key for key in described if thread_id is None or key.thread_id == thread_id]
-        if isinstance(keys, ScopedKeys):  # by the policy in force now, and the threads in the files
-            found = [key for key in found if keys.allows_thread(key.thread_id)]
-        event.count = len(found)
-        return api.KeyListAnswer(found, page.next_after or None, indexing=indexing)
+        of_thread = [key for key in described if thread_id is None or key.thread_id == thread_id]
+        # By the policy in force now, and the threads in the files.
+        visible = [key for key in of_thread if keys.allows_thread(key.thread_id)]
+        event.count = len(visible)
+        return api.KeyListAnswer(visible, page.next_after or None, indexing=indexing)
 
     def get_key(self, keys: Keys, request: api.KeyRequest, event: Event) -> api.KeyAnswer:
         event.key_id = check_key_id(request.key_id)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import UNSET, UnsetType
 
@@ -23,10 +23,12 @@ from minikms.crypto.labels import caller_field
 from minikms.custody.open_dek import OpenDek
 from minikms.custody.vault import Vault
 from minikms.keys.dek import check_key_id
-from minikms.policy import Principal
-from minikms_daemon.service.access import Keys
+from minikms.policy.principal import Principal
 from minikms_daemon.service.base import Later, VerbTable, count_refused, cut
 from minikms_daemon.service.encoding import Encoding, ReadBytes, RefusedItem, Reply, encoding_of, refused_item
+
+if TYPE_CHECKING:
+    from minikms_daemon.service.access import Keys
 
 CIPHERTEXT_BYTES_MAX: Final = api.PLAINTEXT_BYTES_MAX + api.SEAL_BYTES
 SLICE_SECONDS_MAX: Final = 0.002

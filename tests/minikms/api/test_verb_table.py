@@ -8,11 +8,11 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.api import audit_verbs, replica_verbs, root_verbs, seal_verbs, verbs
+from minikms.api import ROLES, audit_verbs, replica_verbs, root_verbs, seal_verbs, verbs
 from minikms.api.errors import AuditUnavailableError, ConflictError, ForbiddenError, KmsRefusedError
 from minikms.audit import Event
 from minikms.custody.vault import Permit
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms_daemon.service.base import AfterLine, VerbTable
 from minikms_daemon.service.encoding import Reply
 from tests.harness.vaults import SilentAudit

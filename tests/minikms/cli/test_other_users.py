@@ -10,7 +10,7 @@ from minikms.api.errors import ForbiddenError, KeyDestroyedError, KeyNotFoundErr
 from minikms.cli.console import chosen_server_uids
 from minikms.client import Client
 from minikms.commands.usage import CommandError
-from minikms.policy import Principal
+from minikms.policy.principal import Principal
 from tests import needs
 from tests.harness import forked
 from tests.harness.live_daemon import LiveDaemon

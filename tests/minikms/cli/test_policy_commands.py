@@ -7,7 +7,7 @@ import pytest
 
 from minikms.cli.policy import check, explain
 from minikms.cli.serve import POLICY_VARIABLE
-from minikms.policy import PolicyFileError
+from minikms.policy.rules import PolicyFileError
 from minikms.processes.flags import ALLOWED_UIDS_VARIABLE
 from tests.harness import forked
 

@@ -4,8 +4,9 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from minikms.api.errors import KmsRefusedError, LimitExceededError
-from minikms.policy import Charge, Cost, FilePolicy, Meters, Scope, parse_policy
-from minikms.policy.rules import Grant
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.meters import Charge, Cost, Meters
+from minikms.policy.rules import Grant, Scope, parse_policy
 
 HOUR_MS = 3_600_000
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from minikms import api
 from minikms.api import Role
 from minikms.api.errors import ForbiddenError, InvalidRequestError
-from minikms.policy import THREAD_ROLES, FilePolicy, parse_policy
 from minikms.policy.explanation import Explanation, explain
-from minikms.policy.rules import PROXIED_ROLES
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.rules import PROXIED_ROLES, THREAD_ROLES, parse_policy
 
 FILE = """
 version = 1

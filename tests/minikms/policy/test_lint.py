@@ -2,8 +2,8 @@
 
 import pytest
 
-from minikms.policy import parse_policy
 from minikms.policy.lint import warnings
+from minikms.policy.rules import parse_policy
 
 
 def warned(*tables: str) -> list[str]:

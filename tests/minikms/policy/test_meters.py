@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms.api.errors import LimitExceededError, StorageUnavailableError, TooManyError
-from minikms.policy import Charge, Policy, meters, parse_policy
+from minikms.policy import meters
+from minikms.policy.meters import Charge
+from minikms.policy.policy import Policy
+from minikms.policy.rules import parse_policy
 from tests.minikms.policy.metering import HOUR_MS, Machine
 
 

@@ -4,8 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.policy import POLICY_BYTES_MAX, PolicyFileError, parse_policy
-from minikms.policy.rules import GRANTS_COUNT_MAX, PRINCIPAL_PATTERNS_COUNT_MAX, THREAD_PATTERNS_COUNT_MAX, GrantLimits
+from minikms.policy.rules import (
+    GRANTS_COUNT_MAX,
+    POLICY_BYTES_MAX,
+    PRINCIPAL_PATTERNS_COUNT_MAX,
+    THREAD_PATTERNS_COUNT_MAX,
+    GrantLimits,
+    PolicyFileError,
+    parse_policy,
+)
 
 EXAMPLE = """\
 version = 1

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from minikms.policy import Meters, PrincipalNameError, parse_name, parse_policy
+from minikms.policy.meters import Meters
+from minikms.policy.names import PrincipalNameError, parse_name
 from minikms.policy.patterns import PrincipalPattern, ThreadPattern
+from minikms.policy.rules import parse_policy
 
 PLACE = Path(__file__).parents[2] / "vectors"
 VECTORS: dict[str, Any] = json.loads((PLACE / "policy.json").read_text("ascii"))

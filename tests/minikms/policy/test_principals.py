@@ -6,19 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minikms.api import Role
+from minikms.api import ROLES, Role
 from minikms.api.errors import ForbiddenError
-from minikms.policy import (
-    PROXIED_ROLES,
-    ROLES,
-    FilePolicy,
-    Policy,
-    PolicyFileError,
-    Principal,
-    PrincipalNameError,
-    parse_policy,
-)
-from minikms.policy.policy import SCOPES_COUNT_MAX
+from minikms.policy.file_policy import SCOPES_COUNT_MAX, FilePolicy
+from minikms.policy.names import PrincipalNameError
+from minikms.policy.policy import Policy
+from minikms.policy.principal import Principal
+from minikms.policy.rules import PROXIED_ROLES, PolicyFileError, parse_policy
 
 FILE = b"""
 version = 1

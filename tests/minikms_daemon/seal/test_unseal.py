@@ -2,7 +2,7 @@
 
 import pytest
 
-from minikms.policy import Policy
+from minikms.policy.policy import Policy
 from minikms.seal_files import AttemptRecords
 from minikms_daemon.seal import unseal
 from minikms_daemon.seal.unseal import SlowDown

@@ -10,7 +10,8 @@ import pytest
 from minikms import datadir
 from minikms.api.errors import UnauthorizedError
 from minikms.memory.arena import SecretArena
-from minikms.policy import FilePolicy, parse_policy
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.rules import parse_policy
 from minikms.roots.providers import KeyFile
 from minikms.seal_files import AttemptRecords
 from minikms_daemon.seal.seal import SealableServer

@@ -13,7 +13,7 @@ import pytest
 
 import minikms
 from minikms.api.errors import KmsUntrustedServerError, StartError, UnauthorizedError
-from minikms.policy import Policy
+from minikms.policy.policy import Policy
 from minikms_daemon.server.admission import UNAUTHORISED_CONNECTIONS_MAX
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon

@@ -16,7 +16,10 @@ from minikms.api.errors import SealedError
 from minikms.audit import Event
 from minikms.memory.arena import SecretArena
 from minikms.platform.logs import Log
-from minikms.policy import FilePolicy, Policy, Principal, parse_policy
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.policy import Policy
+from minikms.policy.principal import Principal
+from minikms.policy.rules import parse_policy
 from minikms.roots.providers import KeyFile
 from minikms_daemon.audit.position import AuditorPosition
 from minikms_daemon.replica.verbs import NoMember

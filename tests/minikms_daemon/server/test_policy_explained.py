@@ -12,8 +12,9 @@ import pytest
 
 from minikms import api
 from minikms.api import Verb
-from minikms.policy import FilePolicy, parse_policy
 from minikms.policy.explanation import explain
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.rules import parse_policy
 from tests.harness import forked
 from tests.harness.callers import NOBODY, OTHER, PROXY, ROOT_GRANT, USER, PolicyDaemon
 from tests.harness.verb_requests import spelt

@@ -17,7 +17,8 @@ import pytest
 import minikms
 from minikms.api.errors import StartError
 from minikms.http import GroupFull
-from minikms.policy import POLICY_BYTES_MAX, FilePolicy, parse_policy
+from minikms.policy.file_policy import FilePolicy
+from minikms.policy.rules import POLICY_BYTES_MAX, parse_policy
 from minikms_daemon.seal.seal import OWED_LINES_MAX
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.policy_file import PolicyFile

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minikms import api
-from minikms.policy import actor
+from minikms.policy.policy import actor
 from minikms_daemon.server.refusals import (
     ACTOR_OTHERS,
     ACTORS_COUNT_MAX,

@@ -7,9 +7,9 @@ from typing import get_args
 import pytest
 
 from minikms import Client, api
-from minikms.api import Role
+from minikms.api import ROLES, Role
 from minikms.api.errors import ForbiddenError, KmsError, StartError
-from minikms.policy import ADMIN_ONLY, FILE_ONLY, ROLES, UIDS_COUNT_MAX, Policy, parse_uids
+from minikms.policy.policy import ADMIN_ONLY, FILE_ONLY, UIDS_COUNT_MAX, Policy, parse_uids
 from tests import needs
 from tests.harness.live_daemon import LiveDaemon
 from tests.minikms_daemon.server import foreign

@@ -14,7 +14,7 @@ from minikms.api.errors import StartError
 from minikms.memory.arena import SecretArena
 from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
-from minikms.policy import Policy
+from minikms.policy.policy import Policy
 from minikms.processes.running import Run
 from minikms.roots.providers import KeyFile
 from minikms_daemon.seal import seal

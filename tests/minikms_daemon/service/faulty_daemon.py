@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
+from minikms.api import ROLES
 from minikms.api.errors import ArenaFullError
 from minikms.keys import root_slots
 from minikms.memory.arena import SecretArena
 from minikms.platform import files
-from minikms.policy import ROLES, policy
+from minikms.policy import policy
 from minikms_daemon import rotation
 from minikms_daemon.server.application import KeyApplication
 from tests.harness import garbage, in_process

@@ -14,7 +14,7 @@ from typing import Any
 from minikms import api
 from minikms.api import Verb
 from minikms.api.errors import KmsRefusedError
-from minikms.policy import Principal
+from minikms.policy.principal import Principal
 from tests.harness.limited import Limited
 from tests.harness.verb_requests import example
 

@@ -24,7 +24,7 @@ from minikms.api.errors import (
     UnauthorizedError,
 )
 from minikms.custody.journal_format import Change
-from minikms.policy import Principal
+from minikms.policy.principal import Principal
 from tests.harness.limited import Limited, limited
 from tests.harness.vaults import create, opened_vault
 from tests.minikms_daemon.service.asking import NO_KEY

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from minikms import api
+from minikms.api import ROLES
 from minikms.api.errors import BY_CODE, ArenaFullError, KmsRefusedError
 from minikms.http.exchange import METHODS_SERVED
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.service.base import Perform, VerbTable
 from minikms_daemon.service.keys import KeyVerbs

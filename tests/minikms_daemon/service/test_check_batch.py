@@ -11,9 +11,10 @@ import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from minikms import api
+from minikms.api import ROLES
 from minikms.api.errors import ForbiddenError
 from minikms.crypto import records
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms_daemon.service import records as service
 from minikms_daemon.service.base import VerbTable
 from tests.harness.live_daemon import LiveDaemon

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minikms import api
-from minikms.api import errors
+from minikms.api import ROLES, errors
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.client import Client
@@ -20,7 +20,7 @@ from minikms.custody import journal
 from minikms.custody.deks import HeldKeys
 from minikms.custody.journal_format import Change
 from minikms.platform.files import make_file
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.keys import KeyVerbs
 from tests.harness.live_daemon import LiveDaemon

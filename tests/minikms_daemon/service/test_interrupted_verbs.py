@@ -10,7 +10,7 @@ import pytest
 from minikms import api
 from minikms.api import Verb
 from minikms.audit import Event
-from minikms.policy import Policy
+from minikms.policy.policy import Policy
 from minikms_daemon.service import lifecycle
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.keys import KeyVerbs

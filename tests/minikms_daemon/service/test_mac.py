@@ -9,8 +9,9 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api import ROLES
 from minikms.api.errors import ForbiddenError, WrongPurposeError
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.records import RecordVerbs
 from tests.harness.live_daemon import LiveDaemon

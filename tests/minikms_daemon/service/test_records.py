@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from minikms import api
-from minikms.api import Verb
+from minikms.api import ROLES, Verb
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import Event
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms_daemon.service import records
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.encoding import Reply

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 
 from minikms import api
+from minikms.api import ROLES
 from minikms.api.base64 import encode_text
 from minikms.api.errors import (
     ConflictError,
@@ -26,7 +27,7 @@ from minikms.keys import members, root_slots
 from minikms.keys.keyring import Body
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.offline import init_replica, join_replica
-from minikms.policy import ROLES, Principal
+from minikms.policy.principal import Principal
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile
 from minikms_daemon.replica.verbs import NoMember

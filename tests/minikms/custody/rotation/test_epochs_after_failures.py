@@ -13,7 +13,8 @@ from minikms.api import Verb
 from minikms.api.errors import AuditUnavailableError, StorageUnavailableError
 from minikms.audit import Event
 from minikms.custody.keyring_file import KeyringFile
-from minikms.policy import Policy, Principal
+from minikms.policy.policy import Policy
+from minikms.policy.principal import Principal
 from minikms_daemon.service import lifecycle
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.encoding import Reply
