@@ -19,14 +19,12 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import cryptography.hazmat.backends.openssl.backend  # noqa: F401  else loaded with the first key
 import uvloop
 
-from minikms import api
 from minikms.api.errors import (
-    InvalidPolicyError,
     InvalidRequestError,
     KmsError,
     KmsRefusedError,
@@ -35,7 +33,6 @@ from minikms.api.errors import (
     StorageUnavailableError,
 )
 from minikms.api.printable import clean
-from minikms.audit import Event
 from minikms.audit.log import FSYNC_INTERVAL_MS
 from minikms.custody import replica_file
 from minikms.custody.archive_register import ArchiveRegister
@@ -48,23 +45,18 @@ from minikms.memory.process import Measure, harden, library_paths
 from minikms.memory.signals import SignalReader
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.directory_lock import DataDirLock
-from minikms.platform.files import read_file_bounded, remove_left_temps, replace_file
+from minikms.platform.files import remove_left_temps
 from minikms.platform.logs import Log, service_logger
 from minikms.platform.notify import Notifier
 from minikms.platform.process_metrics import open_process_files
-from minikms.platform.workers import in_worker
-from minikms.policy.file_policy import FilePolicy
-from minikms.policy.meters import REFRESH_SECONDS, SAVED_BYTES_MAX, SAVED_NAME, Meters
 from minikms.policy.policy import Policy
-from minikms.policy.rules import PolicyFileError
 from minikms.processes.flags import DATA_USER_ADVICE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_MISSING
-from minikms.processes.peer import overflow_uid
 from minikms.processes.running import Run, every
 from minikms.processes.sockets import UnixListener, listen
 from minikms.roots.providers import UNLOCK
 from minikms_daemon.seal.seal import SealableServer
 from minikms_daemon.server.parts import Parts, RunContext, Workers
-from minikms_daemon.server.policy_file import PolicyInForce
+from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.settings import Settings, settings_of
 
 DRAIN_SECONDS_MAX: Final = 10.0
@@ -130,7 +122,7 @@ def run(settings: Settings) -> None:
     ):
         load_configured(settings, lock)
         open_process_files(settings.build)
-        measures = _harden(settings, arena, listener)
+        measures = _harden(settings, policy, arena, listener)
         end_imports()
         daemon = Daemon(
             settings=settings,
@@ -210,12 +202,21 @@ def end_steps_with(end: Callable[[], None]) -> None:
     running.set_task_factory(task)
 
 
+class ChosenPolicy(NamedTuple):
+    """What decides who may do what. `in_force` takes the keyword arguments of `FileInForce`. `read_paths`: what the
+    hardened process must read for it.
+    """
+
+    in_force: Callable[..., PolicyInForce]
+    read_paths: list[str]
+
+
 @dataclass(kw_only=True)
 class Daemon:
     """One run of the service. Made and used in the loop's thread."""
 
     settings: Settings
-    policy: Policy
+    policy: ChosenPolicy
     lock: DataDirLock
     listener: UnixListener
     arena: SecretArena
@@ -229,37 +230,14 @@ class Daemon:
     async def serve(self) -> None:
         workers = Workers.start()
         try:
-            policy = self._policy_in_force(workers)
+            policy = self.policy.in_force(
+                directory_fd=self.lock.directory_fd, executor=workers.policy, log=self.run.log
+            )
             await self._serve(workers, policy)
-            if policy.meters is not None:
-                await self._save(policy.meters, workers)
+            await policy.save()
         finally:
             workers.shutdown()
         self.run.log.info("stopped", why=self.run.why)
-
-    def _policy_in_force(self, workers: Workers) -> PolicyInForce:
-        meters = None
-        if self.settings.policy is not None:
-            try:
-                saved = read_file_bounded(SAVED_NAME, SAVED_BYTES_MAX, dir_fd=self.lock.directory_fd)
-            except StorageUnavailableError as error:
-                self.run.log.warning("hourly limits can't be read: they start empty", why=str(error))
-                saved = b""
-            meters = Meters(saved, keep=partial(self._keep_limits, workers))
-        return PolicyInForce(
-            self.policy, file=self.settings.policy, meters=meters, executor=workers.policy, log=self.run.log
-        )
-
-    def _keep_limits(self, workers: Workers, content: bytes) -> asyncio.Future[None]:
-        """Writes the limits for the next start durably, one write after the other. Raises StorageUnavailableError."""
-        return in_worker(workers.policy, partial(replace_file, self.lock.directory_fd, SAVED_NAME, content))
-
-    async def _save(self, meters: Meters, workers: Workers) -> None:
-        """Keeps what is left of the hourly limits for the next start. If the disk refuses, that is as after a crash."""
-        try:
-            await self._keep_limits(workers, meters.save())
-        except StorageUnavailableError as error:
-            self.run.log.warning("hourly limits not saved: the next start has a tenth less", why=str(error))
 
     async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
         sealable = SealableServer(
@@ -301,10 +279,8 @@ class Daemon:
         acceptor = Acceptor(self.listener.socket, sealable.server, on_failure=self.run.accept_failed)
         own = [
             asyncio.ensure_future(self._keep(lambda: self.run.watchdog(lambda: self.listener.reachable))),
-            asyncio.ensure_future(self._keep(lambda: self._reload_at_hangup(sealable, policy))),
+            *(asyncio.ensure_future(self._keep(chore)) for chore in policy.chores(self.run.hangup, sealable.audit)),
         ]
-        if (meters := policy.meters) is not None:
-            own.append(asyncio.ensure_future(self._keep(lambda: every(REFRESH_SECONDS, meters.refresh))))
         if sealable.parts is not None:
             self.start(sealable.parts)
         gc.set_threshold(*GC_THRESHOLDS)
@@ -336,18 +312,6 @@ class Daemon:
         """Nothing of the background work runs from now on."""
         for chore in self._running:
             chore.cancel()
-
-    async def _reload_at_hangup(self, sealable: SealableServer, policy: PolicyInForce) -> None:
-        """Reads the policy file again after each SIGHUP. Several signals during one reload are one more reload."""
-        while self.settings.policy is not None:
-            await self.run.hangup.wait()
-            self.run.hangup.clear()
-            event = Event(type=api.RELOAD_POLICY.name, actor="minikms", pid=os.getpid(), detail="SIGHUP")
-            try:
-                await policy.reload(event)
-            except InvalidPolicyError as error:
-                event.outcome = error.code
-            sealable.audit(event)
 
     def _chores(self, parts: Parts) -> list[Callable[[], Awaitable[None]]]:
         """The background work; each coroutine returns when it has nothing more to do."""
@@ -416,27 +380,29 @@ async def sweep_temps_again(vault: Vault, data_dir: str, log: Log, *, reader: Ex
         await asyncio.sleep(SWEEP_SECONDS)
 
 
-def _policy(settings: Settings) -> Policy:
+def _policy(settings: Settings) -> ChosenPolicy:
     """Reads the policy file, if there is one. Raises StartError."""
-    file, allowed = settings.policy, settings.allowed_uids
-    if file is None:
-        return Policy(allowed or (), settings.admin_uids)
+    if settings.policy is None:
+        policy = Policy(settings.allowed_uids or (), settings.admin_uids)
+        return ChosenPolicy(lambda **_: PolicyInForce(policy), [])
     if settings.admin_uids:
         raise StartError(
             "--policy and --admin-uids can't be given together: grant the roles rotate, destroy, audit and unseal in "
             "the policy file"
         )
+    from minikms_daemon.server.policy_file import FileInForce, PolicyFile  # in a daemon only if it has one
+
+    file = PolicyFile(settings.policy)
     file.check_apart(written=_write_paths(settings, activated=False), of_root_key=settings.root.read_paths)
-    try:
-        return FilePolicy(file.read(), allowed, service_uid=os.geteuid(), overflow_uid=overflow_uid())
-    except PolicyFileError as error:
-        raise StartError(f"the policy file {file.path}: {error}") from None
+    return ChosenPolicy(partial(FileInForce, file.policy(settings.allowed_uids), file=file), [file.directory])
 
 
-def _harden(settings: Settings, arena: SecretArena, listener: UnixListener) -> tuple[Measure, ...]:
-    pin, policy = settings.opening.pin, settings.policy
+def _harden(
+    settings: Settings, policy: ChosenPolicy, arena: SecretArena, listener: UnixListener
+) -> tuple[Measure, ...]:
+    pin = settings.opening.pin
     read = [*library_paths(), *settings.root.read_paths]
-    read += [*([] if pin is None else [str(pin.path)]), *([] if policy is None else [policy.directory])]
+    read += [*([] if pin is None else [str(pin.path)]), *policy.read_paths]
     write = _write_paths(settings, activated=listener.activated)
     return harden(arena, read=read, write=write, require=settings.require_hardening)
 

@@ -35,7 +35,6 @@ from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.logs import Log
 from minikms.platform.notify import Notifier
 from minikms.platform.workers import in_worker
-from minikms.policy.meters import Meters
 from minikms.roots.key_file import replace_key
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile
@@ -46,10 +45,9 @@ from minikms_daemon.rotation import KekRotation, Pruning
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.application import KeyApplication, Seal
 from minikms_daemon.server.lagging import CHECK_SECONDS, LaggingApplication
-from minikms_daemon.server.policy_file import PolicyInForce
+from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.settings import Settings
 from minikms_daemon.server.status import ReplicaView, StatusPage
-from minikms_daemon.service.access import Access
 from minikms_daemon.service.auditor import AuditorVerbs
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.keks import KekVerbs
@@ -61,6 +59,7 @@ from minikms_daemon.service.roots import RootVerbs
 
 if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
+    from minikms.policy.meters import Meters
 
 
 class Workers(NamedTuple):
@@ -165,16 +164,9 @@ class Parts:
             disk=workers.disk,
             around_passes=_one_cpu_for(workers.reader, workers.disk),
         )
-        access = None
-        if policy.meters is not None:
-            access = Access(
-                vault=self.vault,
-                indexing=self.indexing,
-                policy=policy.policy,
-                meters=policy.meters,
-                refusals=admission.refusals,
-                limited=admission.limited,
-            )
+        access = policy.access(
+            vault=self.vault, indexing=self.indexing, refusals=admission.refusals, limited=admission.limited
+        )
         table = VerbTable(self.audit, access)
         RecordVerbs(self.vault, table)
         KeyVerbs(self.vault, table, self.indexing)

@@ -34,7 +34,6 @@ from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile, RootProvider
 from minikms.roots.sources import parse_source
 from minikms_daemon.audit.maintenance import KEEP_ALL, LogRetention
-from minikms_daemon.server.policy_file import PolicyFile
 
 LogFormat = Literal["json", "console"]
 MIB_BYTES: Final = 1024 * 1024
@@ -60,7 +59,7 @@ class Settings:
     root_lease: int | None = None
     allowed_uids: frozenset[int] | None
     admin_uids: frozenset[int] = frozenset()
-    policy: PolicyFile | None = None
+    policy: Path | None = None
     parent_fd: int | None = None
     sealed: bool = False
     socket_mode: int = 0o600
@@ -86,7 +85,7 @@ def settings_of(words: Sequence[str]) -> Settings:
         root=_root(flags),
         root_lease=flags.root_lease,
         allowed_uids=parse_uids(flags.allowed_uids, source=ALLOWED_UIDS_VARIABLE) if flags.allowed_uids else None,
-        policy=PolicyFile(Path(flags.policy)) if flags.policy else None,
+        policy=Path(flags.policy) if flags.policy else None,
         admin_uids=parse_uids(flags.admin_uids, source=ADMIN_UIDS_VARIABLE) if flags.admin_uids else frozenset(),
         parent_fd=flags.parent_fd,
         sealed=flags.sealed,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from minikms.memory.process import Measure
     from minikms_daemon.audit.maintenance import Maintenance
     from minikms_daemon.server.admission import Session
-    from minikms_daemon.server.policy_file import PolicyInForce
+    from minikms_daemon.server.policy_in_force import PolicyInForce
     from minikms_daemon.server.settings import Settings
     from minikms_daemon.service.keks import KekVerbs
 

@@ -39,7 +39,7 @@ SLICE_ITEMS_COUNT: Final = 32
 
 
 Outcomes = list[bytes | RefusedItem]
-Work = Callable[[Keys, Sequence[Any], ReadBytes, Outcomes], None]
+Work = Callable[["Keys", Sequence[Any], ReadBytes, Outcomes], None]
 """Adds the outcomes of the items that have none. It may end before the last, but adds one at least."""
 
 

@@ -15,7 +15,6 @@ from minikms import datadir
 from minikms.api.errors import SealedError
 from minikms.audit import Event
 from minikms.memory.arena import SecretArena
-from minikms.platform.logs import Log
 from minikms.policy.file_policy import FilePolicy
 from minikms.policy.policy import Policy
 from minikms.policy.principal import Principal
@@ -25,7 +24,7 @@ from minikms_daemon.audit.position import AuditorPosition
 from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.server.admission import Admission
 from minikms_daemon.server.parts import Parts, RunContext, Workers
-from minikms_daemon.server.policy_file import PolicyInForce
+from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.settings import Settings
 from tests.harness.vaults import key_file
 
@@ -44,7 +43,7 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
     )
     policy = policy or Policy(settings.allowed_uids or ())
     with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
-        in_force = PolicyInForce(policy, file=None, meters=None, executor=workers.reader, log=Log())
+        in_force = PolicyInForce(policy)
         process = SimpleNamespace(settings=settings, workers=workers, arena=arena, measures=(), policy=in_force)
         yield (
             Parts(

@@ -19,7 +19,8 @@ from minikms.processes.running import Run
 from minikms.roots.providers import KeyFile
 from minikms_daemon.seal import seal
 from minikms_daemon.seal.seal import SealableServer
-from minikms_daemon.serve import Daemon, end_steps_with
+from minikms_daemon.serve import ChosenPolicy, Daemon, end_steps_with
+from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.settings import Settings
 
 
@@ -113,7 +114,7 @@ def test_the_start_of_a_daemon_is_a_task_whose_steps_end(tmp_path: Path, monkeyp
     with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
         daemon = Daemon(
             settings=settings,
-            policy=Policy(()),
+            policy=ChosenPolicy(lambda **_: PolicyInForce(Policy(())), []),
             lock=lock,
             listener=cast("Any", None),  # used after the start
             arena=arena,
