@@ -35,6 +35,10 @@ from minikms.platform.clock import now_ns, rfc3339
 from minikms.platform.files import read_file_bounded, remove_file, replace_file
 from minikms.policy.principal import Principal
 
+SEALED_TEXT: Final = (
+    "the key service is sealed: it has no key until an operator unseals it with `minikms unseal`, and then it goes on "
+    "by itself"
+)
 MARKER_NAME: Final = "sealed.json"
 ATTEMPTS_NAME: Final = "unseal-attempts.json"
 LAPSE_NAME: Final = "lapsed.json"

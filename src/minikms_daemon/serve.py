@@ -145,6 +145,8 @@ def load_configured(settings: Settings, lock: DataDirLock) -> None:
             import_module(name)
     if settings.root.name == UNLOCK:
         import_module("minikms_daemon.seal.unlocking")
+    if settings.opening.audit_dir is not None:
+        import_module("minikms_daemon.service.auditor")
 
 
 class _Steps(Coroutine[Any, Any, T]):

@@ -1,9 +1,9 @@
 """How far an auditor has taken the audit log, as it reports.
 
-Owns: the last report of this process, its checks, and what follows from it: whether an auditor is attached, and how
-many durable lines it has not taken. Invariants: a position names a line of the log by number and MAC; it never
-decreases in one process, and is kept over a seal; before the first report since the start nothing counts as taken. What
-it says is the auditor's word: a compromised auditor can report lines that it has not kept. It must never write.
+Owns: the last report of this process, its checks, and whether an auditor is attached. Invariants: a position names a
+line of the log by number and MAC; it never decreases in one process, and is kept over a seal; before the first report
+since the start nothing counts as taken. What it says is the auditor's word: a compromised auditor can report lines that
+it has not kept. It must never write.
 """
 
 from __future__ import annotations
@@ -96,21 +96,10 @@ class AuditorPosition:
         """The last line that the auditor has taken; 0 before its first report since the start."""
         return self._head.seq
 
-    def lag(self, durable_seq: int) -> int:
-        """How many durable lines it has not taken; before its first report, all of them."""
-        return max(0, durable_seq - self._head.seq)
-
-    def status(self, view: LogView) -> dict[str, object] | None:
-        """For `/status`; None if no auditor was ever attached."""
-        if not view.origin:
-            return None
-        reported = self._reported_ns
-        return {
-            "seq": self._head.seq,
-            "origin": view.origin,
-            "age_seconds": None if reported is None else (self._monotonic_ns() - reported) // _NS,
-            "lag_lines": self.lag(view.durable.seq),
-        }
+    @property
+    def age_s(self) -> int | None:
+        """The seconds since the last report; None before the first."""
+        return None if self._reported_ns is None else (self._monotonic_ns() - self._reported_ns) // _NS
 
 
 def mac_of(asked: api.ReportAuditPositionRequest) -> bytes:

@@ -22,7 +22,7 @@ from minikms.crypto.aead import scrub
 from minikms.http import HttpRequest, Response, raised_response
 from minikms.memory.arena import SecretArena, SecretSlot
 from minikms.policy.principal import Principal, require
-from minikms_daemon.seal.no_unlocking import SEALED_TEXT
+from minikms.seal_files import SEALED_TEXT
 from minikms_daemon.seal.unseal import Unsealing
 from minikms_daemon.server import strictjson
 from minikms_daemon.server.admission import Admission, AdmittingApplication, Session, require_short_body

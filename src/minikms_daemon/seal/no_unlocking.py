@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from minikms.http import Application
+from minikms.seal_files import SEALED_TEXT
 from minikms_daemon.server.admission import Session
-
-SEALED_TEXT: Final = (
-    "the key service is sealed: it has no key until an operator unseals it with `minikms unseal`, and then it goes on "
-    "by itself"
-)
 
 
 class NoUnlocking:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 from minikms.audit.record import LineRef
 from minikms.datadir import open_for_service
 from minikms.roots.providers import RootProvider
-from minikms_daemon.audit.position import AuditorPosition
 from minikms_daemon.seal.no_unlocking import NoUnlocking
 from minikms_daemon.server.admission import Admission
 from minikms_daemon.server.application import Seal
 from minikms_daemon.server.parts import Parts, Replica, RunContext
+from minikms_daemon.service.no_auditor import NoAuditor
 
 if TYPE_CHECKING:
     from minikms_daemon.seal.unlocking import Unlocking
@@ -38,7 +38,7 @@ class Opener:
         self._seal = seal
         self._unlocking = unlocking
         self._replica = replica
-        self.position = AuditorPosition()
+        self.auditor = _auditor(process)
         self.started_ns = time.time_ns()
         self.later_keyring = b""
         """What the database has, under a keyring key that only the root key of this host opens. Of the next opening
@@ -69,7 +69,7 @@ class Opener:
             admission=self._admission,
             data=data,
             proved_slot_id=slot_id if slot_id == self._source_slot_id else "",
-            position=self.position,
+            auditor=self.auditor,
             started_ns=self.started_ns,
             seal=self._seal,
             leased=self._unlocking.leased,
@@ -92,3 +92,11 @@ class Opener:
         if not source.reads_again and not self._source_read:
             self._source_read = True
             source.discard()
+
+
+def _auditor(process: RunContext) -> NoAuditor:
+    if process.settings.opening.audit_dir is None:
+        return NoAuditor()
+    from minikms_daemon.service.auditor import AttachedAuditor  # in a daemon only if one can be attached
+
+    return AttachedAuditor()

@@ -46,10 +46,9 @@ from minikms.platform.workers import in_worker
 from minikms.policy.principal import Principal
 from minikms.roots.providers import UNLOCK, GivenKey, RootProvider
 from minikms.seal_files import Attempt, Lapse, LeaseEnd, Marker
-from minikms_daemon.audit.position import LogView, mac_of, view_on_disk
 from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.seal.application import SealedApplication, sealed_response
-from minikms_daemon.seal.no_unlocking import SEALED_TEXT, NoUnlocking
+from minikms_daemon.seal.no_unlocking import NoUnlocking
 from minikms_daemon.seal.opening import Opener
 from minikms_daemon.seal.state import SealMove, SealPhase, SealState
 from minikms_daemon.seal.unseal import Unsealing
@@ -174,8 +173,6 @@ class SealableServer:
         self._writing_marker: asyncio.Task[None] | None = None
         self._refusals: list[Event] = []
         """While the daemon is sealed. Bounded: the windows of the aggregators end at the unseal."""
-        self._log_view: LogView | None = None
-        """The view of the audit log while the daemon is sealed."""
 
     def _found_unlocking(self) -> Unlocking | NoUnlocking:
         if self._process.settings.root.name != UNLOCK:
@@ -226,8 +223,7 @@ class SealableServer:
         body = keyring.parse_file(read_keyring(process.lock.directory))[0]
         log_dir = process.settings.opening.audit_dir or process.lock.directory
         audit = body.audit_of(replica_file.member_id(process.lock.directory))
-        view = self._log_view = view_on_disk(log_dir, audit.current.public_key, audit.audit_origin)
-        self._opener.position.begin(view.log_id)
+        self._opener.auditor.begin_sealed(log_dir, public_key=audit.current.public_key, origin=audit.audit_origin)
         self._state.start_sealed(marker, clock.rfc3339(self._opener.started_ns))
         self._admission.report = self._keep_refusal
         self._serve(self._sealed_app)
@@ -386,7 +382,7 @@ class SealableServer:
                 self._replica.sealed(said.get("why", ""))
                 parts.seal()
             finally:
-                self._log_view = parts.log_view()
+                self._opener.auditor.seal()
                 self._abandon(parts)
             self._process.log.warning("sealed", **said)
 
@@ -532,17 +528,8 @@ class SealableServer:
         )
 
     async def report_audit_position(self, asked: api.ReportAuditPositionRequest) -> Reply:
-        """What the log held at the seal; the auditor goes on with it. Its first report needs the keyring."""
-        mac, view = mac_of(asked), self._log_view
-        if view is None or not view.origin:
-            raise SealedError(SEALED_TEXT)
-        keyring.check_audit_origin(view.origin, asked.origin)
-        if asked.seq <= view.durable.seq:  # otherwise the disk lost the mark of what is durable: after the unseal
-            await asyncio.get_running_loop().run_in_executor(
-                self._process.workers.lookup, self._opener.position.check, asked, view, mac
-            )
-            self._opener.position.take(asked, mac)
-        return json_answer(view.answer())
+        """Takes a report while the daemon is sealed. Raises SealedError."""
+        return json_answer(await self._opener.auditor.report_sealed(asked, self._process.workers.lookup))
 
     def status(self) -> dict[str, object]:
         """`/status` of the sealed daemon."""

@@ -20,8 +20,7 @@ from minikms.keys import keyring
 from minikms.platform import clock
 from minikms.roots.providers import RootAwayError, RootRefusedError
 from minikms.roots.unlock_service import ReceivedKey, UnlockService
-from minikms.seal_files import LeaseEnd
-from minikms_daemon.seal.no_unlocking import SEALED_TEXT
+from minikms.seal_files import SEALED_TEXT, LeaseEnd
 from minikms_daemon.server.admission import Session
 from minikms_daemon.server.lease import Lease, LeasedApplication
 from minikms_daemon.server.parts import RunContext

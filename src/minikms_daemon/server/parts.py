@@ -39,7 +39,6 @@ from minikms.roots.key_file import replace_key
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile
 from minikms_daemon.audit.maintenance import Maintenance
-from minikms_daemon.audit.position import AuditorPosition
 from minikms_daemon.audit.turns import TurnAudit
 from minikms_daemon.rotation import KekRotation, Pruning
 from minikms_daemon.server.admission import Admission, Session
@@ -48,11 +47,11 @@ from minikms_daemon.server.lagging import CHECK_SECONDS, LaggingApplication
 from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.settings import Settings
 from minikms_daemon.server.status import ReplicaView, StatusPage
-from minikms_daemon.service.auditor import AuditorVerbs
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.keks import KekVerbs
 from minikms_daemon.service.keys import KeyVerbs
 from minikms_daemon.service.lifecycle import LifecycleVerbs
+from minikms_daemon.service.no_auditor import NoAuditor
 from minikms_daemon.service.records import RecordVerbs
 from minikms_daemon.service.root_removal import RootRemoval
 from minikms_daemon.service.roots import RootVerbs
@@ -138,7 +137,7 @@ class Parts:
         admission: Admission,
         data: DataDir,
         proved_slot_id: str,
-        position: AuditorPosition,
+        auditor: NoAuditor,
         started_ns: int,
         seal: Seal,
         leased: Callable[[Application[Session]], Application[Session]],
@@ -155,7 +154,7 @@ class Parts:
         self.upkeep = Maintenance(
             data.log,
             keep=settings.audit_keep,
-            taken_seq=lambda: position.seq if self.vault.unlocked.audit.audit_origin else None,
+            taken_seq=lambda: auditor.seq if self.vault.unlocked.audit.audit_origin else None,
         )
         self.indexing = Indexing(self.vault, workers.reader)
         rotation = KekRotation(
@@ -198,21 +197,13 @@ class Parts:
             removal=removal,
             pin=settings.opening.pin,
         )
-        self._auditor = AuditorVerbs(
-            vault=self.vault,
-            table=table,
-            log=data.log,
-            position=position,
-            reader=workers.lookup,
-            has_directory=settings.opening.audit_dir is not None,
-        )
-        self.log_view = self._auditor.view
+        auditor.serve(table, vault=self.vault, log=data.log, reader=workers.lookup)
         self._page = StatusPage(
             settings=settings,
             data=data,
             from_source=bool(proved_slot_id),
             upkeep=self.upkeep,
-            position=lambda: position.status(self.log_view()),
+            position=auditor.status,
             lagging=lambda: "" if self._lagging_app is None else self._lagging_app.why,
             measures=process.measures,
             indexing=self.indexing,
@@ -241,7 +232,7 @@ class Parts:
                 self.app,
                 admission=admission,
                 meters=policy.meters,
-                lag=lambda: position.lag(data.log.sync.durable_line().seq),
+                lag=lambda: auditor.lag,
                 lines_max=settings.refuse_when_unshipped,
             )
             self._lagging = leased(replica.leased(self._lagging_app))

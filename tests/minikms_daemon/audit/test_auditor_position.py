@@ -154,7 +154,7 @@ def test_a_position_is_a_durable_line_of_this_log_and_never_decreases(tmp_path: 
     assert position.seq == 0
     for seq in (3, durable - 1, durable, durable):
         tell(position, view, seq, macs[seq])
-        assert (position.seq, position.lag(durable + 7)) == (seq, durable + 7 - seq)
+        assert position.seq == seq
     with pytest.raises(ConflictError, match="never decreases"):
         tell(position, view, durable - 1, macs[durable - 1])
     with pytest.raises(ConflictError, match="has the id"):

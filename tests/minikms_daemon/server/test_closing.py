@@ -20,12 +20,12 @@ from minikms.policy.policy import Policy
 from minikms.policy.principal import Principal
 from minikms.policy.rules import parse_policy
 from minikms.roots.providers import KeyFile
-from minikms_daemon.audit.position import AuditorPosition
 from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.server.admission import Admission
 from minikms_daemon.server.parts import Parts, RunContext, Workers
 from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.settings import Settings
+from minikms_daemon.service.no_auditor import NoAuditor
 from tests.harness.vaults import key_file
 
 
@@ -51,7 +51,7 @@ def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Ite
                 admission=Admission(policy, connections_max=16, report=lambda event: None),
                 data=datadir.open_for_service(lock, settings.root, arena=arena, disk=workers.disk),
                 proved_slot_id="",
-                position=AuditorPosition(),
+                auditor=NoAuditor(),
                 started_ns=0,
                 leased=lambda app: app,
                 lease=lambda: None,
