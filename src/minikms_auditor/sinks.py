@@ -26,7 +26,8 @@ from minikms.api.decoding import UNDECODABLE
 from minikms.api.errors import KmsError
 from minikms.audit import ocsf, record
 from minikms.audit.export import LogRange, NotInTreeError, leaf_index
-from minikms.audit.reader import LogFollower, each_segment, segment_before
+from minikms.audit.following import LogFollower, segment_before
+from minikms.audit.reader import each_segment
 from minikms.audit.record import Event, MalformedLineError
 from minikms.audit.tiles import Tiles
 from minikms.audit.tree import leaf_of

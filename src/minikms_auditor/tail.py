@@ -16,7 +16,8 @@ from typing import Final, NamedTuple
 from minikms.api.base64 import decode_exact, encode_text
 from minikms.audit import record
 from minikms.audit.chain import PUBLIC_KEY_BYTES
-from minikms.audit.reader import DamagedSegmentError, LogFollower, segment_before
+from minikms.audit.following import LogFollower, segment_before
+from minikms.audit.reader import DamagedSegmentError
 from minikms.audit.record import Event, LineRef, MalformedLineError
 from minikms.audit.rules import Trust
 from minikms.audit.tree import leaf_of, leaf_of_entry

@@ -147,6 +147,8 @@ def load_configured(settings: Settings, lock: DataDirLock) -> None:
         import_module("minikms_daemon.seal.unlocking")
     if settings.opening.audit_dir is not None:
         import_module("minikms_daemon.service.auditor")
+    if settings.refuse_when_unshipped is not None:
+        import_module("minikms_daemon.server.lagging")
 
 
 class _Steps(Coroutine[Any, Any, T]):

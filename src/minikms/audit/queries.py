@@ -19,14 +19,8 @@ import msgspec
 from minikms.api.errors import KmsRefusedError
 from minikms.audit import record
 from minikms.audit.blocks import ACTOR, KEY, OUTCOME, THREAD, TYPE, Lookup, name_number
-from minikms.audit.reader import (
-    LOG_NAME,
-    DamagedSegmentError,
-    SegmentFile,
-    each_segment,
-    list_segments,
-    segment_before,
-)
+from minikms.audit.following import segment_before
+from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment, list_segments
 from minikms.audit.record import Event, LineRef, MalformedLineError, line_start
 from minikms.audit.rules import Trust, VerificationReport
 from minikms.audit.verify import Verifier

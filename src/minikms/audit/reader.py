@@ -1,7 +1,7 @@
 """The files of a log, and reading them as one sequence of lines while a daemon may write.
 
-Owns: the names of the files and their order, opening a file whatever its form, splitting it into lines, following the
-log, finding a line by its number, and reading the last lines. `minikms-audit.log` is the file being written.
+Owns: the names of the files and their order, opening a file whatever its form, splitting it into lines, and finding a
+line by its number. `minikms.audit.following` follows the log. `minikms-audit.log` is the file being written.
 `minikms-audit.log.<n>` are the closed files (n counts from 1), `minikms-audit.log.<n>.zst` the same compressed. Both
 forms of one segment may exist for a moment, with the same content; the plain one counts. Invariants:
 
@@ -10,7 +10,6 @@ forms of one segment may exist for a moment, with the same content; the plain on
   and is the last one.
 - A compressed file is exactly one zstd frame (RFC 8878) with a checksum. `frame_fault` checks that before reading,
   because a decompressor that reads a stream ends without an error where the file ends, also within a frame.
-- `LogFollower` returns whole lines only, each once, in the order of the files.
 
 It must never write into a file, judge a line, take a lock, wait for the log, follow a symbolic link, open what is not a
 regular file, or touch a file of another name.
@@ -18,14 +17,12 @@ regular file, or touch a file of another name.
 
 from __future__ import annotations
 
-import collections
-import contextlib
 import errno
 import os
 import re
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import BinaryIO, Final, Protocol
 
 import zstandard
@@ -52,15 +49,10 @@ GROWTH_WAIT_S: Final = 0.1
 """How long a reader waits for a daemon to complete an incomplete last line."""
 LINE_SKIPPED_BYTES_MAX: Final = 16 * 1024 * 1024
 """How much of a line that is too long is skipped to find the next line. A small file may unpack to terabytes."""
-LINES_AT_A_TIME: Final = 1000
 NEAR_BYTES: Final = 1024 * 1024
 """A search for a line reads at most about this many bytes line by line: some milliseconds."""
-LAST_BYTES_MAX: Final = 64 * 1024 * 1024
-"""Bound of what `last_lines` returns: a log may hold lines of 1 MiB."""
 
 _SEGMENT_PATTERN: Final = re.compile(r"minikms-audit\.log\.([1-9][0-9]*)(\.zst)?", re.ASCII)
-_BACKWARDS_BYTES: Final = 64 * 1024
-_CLOSE_MARK: Final = b'"type":"' + record.TYPE_SEGMENT_CLOSE.encode() + b'"'
 
 WINDOW_BYTES_MAX: Final = 8 * 1024 * 1024
 """Bound of the decompressor's window. A larger one would need more memory than one chunk and one line."""
@@ -372,144 +364,6 @@ def _number_of(file: SegmentFile) -> int:
     return segment if isinstance(segment, int) else 0
 
 
-class LogFollower:
-    """Follows the log from the line after `after_seq` on. `close` it when done.
-
-    after_segment: number of a segment that ends before that line.
-    """
-
-    def __init__(self, directory: str, *, after_seq: int = 0, after_segment: int = 0) -> None:
-        self._directory = directory
-        self._after_seq = after_seq
-        self._file: SegmentFile | None = None
-        self._offset = 0
-        self._unpacked: Iterator[bytes] | None = None
-        """The lines of a compressed file that were not returned: it can't be read from an offset."""
-        self._last_number = after_segment
-        self._seen: tuple[int, int] | None = None
-        self._ended = False
-        self._file_seq = 0
-        """The last `seq` read from the current file."""
-        self._fault = ""
-
-    def read(self, count: int = LINES_AT_A_TIME) -> list[bytes]:
-        """Up to `count` more lines without their newlines, none if there are none yet.
-
-        Raises OSError, and DamagedSegmentError, also where the `seq` of two adjacent lines does not increase by one:
-        a reader that skipped to a forged `seq` would pass over every true line after it.
-        """
-        lines: list[bytes] = []
-        while len(lines) < count and not self._fault and self._open():
-            if not self._read_from_file(lines, count):
-                break
-        if self._fault and not lines:
-            raise DamagedSegmentError(self._fault)
-        return lines
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> bool:
-        """Whether there is a file to read from."""
-        if self._ended:
-            self.close()
-            self._ended = False
-        if self._file is None:
-            self._file = next_segment(self._directory, self._last_number, self._seen)
-            self._offset = self._file_seq = 0
-            self._unpacked = None
-            if self._file is None:
-                return False
-            self._last_number = max(self._last_number, self._file.number or self._last_number + 1)
-            self._seen = self._file.identity
-        return True
-
-    def _read_from_file(self, lines: list[bytes], count: int) -> bool:
-        """Append lines of the current file to `lines`. Returns whether the file has ended or `lines` is full."""
-        file = self._file
-        if file is None:
-            return False
-        if file.compressed:
-            self._unpacked = self._unpacked or file.lines()
-        else:
-            file.seek(self._offset)
-        try:
-            for line in self._unpacked or file.lines():
-                self._offset += len(line) + 1
-                if not self._take(line, lines):
-                    return False
-                if len(lines) >= count:
-                    return True
-        except DamagedSegmentError as error:
-            self._fault = str(error)
-            return False
-        if file.compressed:
-            self._ended = True
-        return self._ended
-
-    def _take(self, line: bytes, lines: list[bytes]) -> bool:
-        """Append a line of the current file to `lines`, if it is wanted. False if it does not follow the one before."""
-        seq = record.peek_seq(line)
-        if seq and self._file_seq and seq != self._file_seq + 1:
-            self._fault = (
-                f"line {self._file_seq} of the audit log is followed by a line with number {seq}: run "
-                "`minikms audit verify`"
-            )
-            self._ended = False
-            return False
-        self._file_seq = seq or self._file_seq
-        if _CLOSE_MARK in line:
-            self._ended = True
-        if seq > self._after_seq:
-            self._after_seq = seq
-            lines.append(line)
-        return True
-
-
-def last_lines(directory: str, count: int) -> list[bytes]:
-    """The last `count` lines of the log without their newlines, oldest first; fewer if they exceed `LAST_BYTES_MAX`.
-
-    Raises OSError and DamagedSegmentError.
-    """
-    lines: list[bytes] = []
-    numbers = [0, *reversed(list_segments(directory))]
-    highest = numbers[1] if len(numbers) > 1 else 0
-    for number in numbers:
-        if len(lines) >= count or sum(map(len, lines)) >= LAST_BYTES_MAX:
-            break
-        for file in each_segment(directory, after=(number - 1) if number else highest):
-            lines = _last_of_file(file, count - len(lines)) + lines
-            break
-    return lines
-
-
-def _last_of_file(file: SegmentFile, count: int) -> list[bytes]:
-    if file.compressed:
-        return _last_of(file.lines(), count)
-    span = _BACKWARDS_BYTES
-    while True:
-        begin = max(0, file.size - span)
-        file.seek(begin)
-        lines = _last_of(file.lines(), count + 1)
-        if begin == 0 or len(lines) > count or span >= LAST_BYTES_MAX:
-            # Unless the span is the whole file, the first line of it is incomplete.
-            return lines[-count:] if begin == 0 else lines[1:][-count:]
-        span *= 4
-
-
-def _last_of(lines: Iterable[bytes], count: int) -> list[bytes]:
-    newest: collections.deque[bytes] = collections.deque(maxlen=count)
-    held_bytes = 0
-    for line in lines:
-        held_bytes += len(line) - (len(newest[0]) if len(newest) == count else 0)
-        newest.append(line)
-        while held_bytes > LAST_BYTES_MAX:
-            held_bytes -= len(newest.popleft())
-    return list(newest)
-
-
 def line_of(directory: str, seq: int) -> bytes | None:
     """The line with that number, not verified, or None. It reads one file: the newest that does not begin after it.
 
@@ -538,18 +392,3 @@ def _seek_before(file: SegmentFile, seq: int) -> None:
         else:
             high = middle
     file.seek(low)
-
-
-def segment_before(directory: str, seq: int) -> int:
-    """Number of the segment before the one that holds line `seq`, according to the first lines of the files. Raises
-    OSError.
-    """
-    before = last = 0
-    for file in each_segment(directory):
-        with contextlib.suppress(DamagedSegmentError):
-            first = file.first_event()
-            if first is not None:
-                if first.seq > seq:
-                    break
-                before, last = last, file.number
-    return before

@@ -267,7 +267,7 @@ def tail(
     json: JsonLines = False,
 ) -> None:
     """Show the last lines of the log, without verifying them."""
-    from minikms.audit.reader import LogFollower, last_lines
+    from minikms.audit.following import LogFollower, last_lines
     from minikms.audit.record import peek_seq
 
     directory = found_log(data_dir)

@@ -347,7 +347,7 @@ def _audit_head(directory: str) -> AuditHead | None:
     from minikms.api.base64 import encode_text
     from minikms.api.errors import KmsRefusedError
     from minikms.archives.archive import AuditHead
-    from minikms.audit.reader import last_lines
+    from minikms.audit.following import last_lines
     from minikms.audit.record import parse_line
     from minikms.custody.log_directory import log_directory
 

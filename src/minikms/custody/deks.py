@@ -5,7 +5,7 @@ reasons that `/status` shows; who may change which key's file now. Invariants:
 - A file name is built only from a key id that matched `api.KEY_ID_PATTERN`. A listing streams, so a million files take
   no memory.
 - While files are being written, reads of them in this process are answered from memory
-  (`DekStore.answer_from_memory`). Other processes use `read_settled`.
+  (`DekStore.answer_from_memory`). Other processes use `settled_keys.read_settled`.
 - A key is in `UnreadableKeys` from the first failure to read its file until the file was read well or the key was
   destroyed. The list is bounded.
 - A function that changes or removes a key's file takes the held lock of the key (`HeldKeys`). Only a new file, whose
@@ -24,8 +24,7 @@ import errno
 import itertools
 import os
 import stat
-import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final, Self
 
@@ -49,9 +48,6 @@ SCAN_FILES: Final = 128
 """Files that a scan of all keys reads at a time, in a worker thread beside requests."""
 SORTED_IDS: Final = 16_384
 """The ids in a listing that are sorted at a time: about 1.5 MB."""
-SETTLE_READS_MAX: Final = 6
-SETTLE_SECONDS: Final = 0.01
-"""Pause after a read that differed or was not valid. An overwrite takes microseconds."""
 UNREADABLE_COUNT_MAX: Final = 10_000
 LISTED_COUNT_MAX: Final = 100
 
@@ -86,24 +82,6 @@ def list_key_ids(directory: str) -> Iterator[str]:
         key_id = name.removesuffix(SUFFIX)
         if name.endswith(SUFFIX) and api.KEY_ID_PATTERN.fullmatch(key_id):
             yield key_id
-
-
-def read_settled(name: str, *, dir_fd: int, is_valid: Callable[[bytes], bool]) -> bytes | None:
-    """The content of a DEK file, for a process beside the daemon; None if there is none. Blocks on the disk.
-
-    The daemon may be overwriting the file, and a read beside a write can return a mixture. So the file is read again
-    until the content is valid and was read twice. After SETTLE_READS_MAX reads it is returned as it is. Raises
-    StorageUnavailableError.
-    """
-    before: bytes | None = None
-    for number in range(SETTLE_READS_MAX):
-        content = read_file_bounded(name, FILE_BYTES, dir_fd=dir_fd)
-        if content is None or (content == before and is_valid(content)):
-            return content
-        if number:
-            time.sleep(SETTLE_SECONDS)
-        before = content
-    return before
 
 
 class DekStore:

@@ -326,12 +326,6 @@ class Journal:
         self._records.clear()
         self._stamp, self._failed = "", False
 
-    def _flush_failed(self) -> None:
-        """After a failure: no record of a refused change may stay. `_retry` takes over when the disk refuses."""
-        if self._failed:
-            with contextlib.suppress(StorageUnavailableError):
-                self.flush()
-
     async def drain(self) -> None:
         """Returns when the journal is flushed. No change may be under way. What the disk refuses is left to the replay
         of the next start.

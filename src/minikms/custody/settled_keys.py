@@ -20,7 +20,7 @@ from typing import Final, NamedTuple, Self
 
 from minikms.api.errors import KeyUnreadableError, KmsRefusedError, StartError, StorageUnavailableError
 from minikms.custody import journal, keyring_file
-from minikms.custody.deks import DIRECTORY, file_name, list_key_ids, read_settled
+from minikms.custody.deks import DIRECTORY, file_name, list_key_ids
 from minikms.custody.journal_format import BYTES_MAX, Chain, chains, decode, is_whole
 from minikms.custody.rotation_backups import DIRECTORY as BACKUPS
 from minikms.custody.rotation_backups import all_journals
@@ -31,6 +31,9 @@ from minikms.platform.files import READ_AHEAD_FILES, open_directory, read_file_b
 
 CLOCK_TICK_NS: Final = 1_000_000_000
 """A file that was changed more recently may change again without another time of change."""
+SETTLE_READS_MAX: Final = 6
+SETTLE_SECONDS: Final = 0.01
+"""Pause after a read that differed or was not valid. An overwrite takes microseconds."""
 LISTINGS_COUNT: Final = 2
 """One listing may omit a file that is replaced meanwhile."""
 
@@ -213,3 +216,21 @@ def newest_key_id(data_dir: str) -> str:
     with SettledKeys(data_dir) as settled:
         newest = max(itertools.chain([newest], settled.listed()))
     return max([newest, *(file.last for file in all_journals(os.path.join(data_dir, BACKUPS)))])
+
+
+def read_settled(name: str, *, dir_fd: int, is_valid: Callable[[bytes], bool]) -> bytes | None:
+    """The content of a DEK file, for a process beside the daemon; None if there is none. Blocks on the disk.
+
+    The daemon may be overwriting the file, and a read beside a write can return a mixture. So the file is read again
+    until the content is valid and was read twice. After SETTLE_READS_MAX reads it is returned as it is. Raises
+    StorageUnavailableError.
+    """
+    before: bytes | None = None
+    for number in range(SETTLE_READS_MAX):
+        content = read_file_bounded(name, FILE_BYTES, dir_fd=dir_fd)
+        if content is None or (content == before and is_valid(content)):
+            return content
+        if number:
+            time.sleep(SETTLE_SECONDS)
+        before = content
+    return before

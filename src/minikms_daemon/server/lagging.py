@@ -23,8 +23,6 @@ from minikms_daemon.service.encoding import Reply
 if TYPE_CHECKING:
     from minikms.policy.meters import Meters
 
-CHECK_SECONDS: Final = 0.1
-"""How often the lag is compared with its bound. Lines become durable at this pace."""
 SERVED: Final = (
     api.STATUS,
     api.METRICS,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
@@ -43,7 +43,6 @@ from minikms_daemon.audit.turns import TurnAudit
 from minikms_daemon.rotation import KekRotation, Pruning
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.application import KeyApplication, Seal
-from minikms_daemon.server.lagging import CHECK_SECONDS, LaggingApplication
 from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.settings import Settings
 from minikms_daemon.server.status import ReplicaView, StatusPage
@@ -59,6 +58,11 @@ from minikms_daemon.service.roots import RootVerbs
 if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
     from minikms.policy.meters import Meters
+    from minikms_daemon.server.lagging import LaggingApplication
+
+
+LAG_CHECK_SECONDS: Final = 0.1
+"""How often the lag is compared with its bound. Lines become durable at this pace."""
 
 
 class Workers(NamedTuple):
@@ -228,6 +232,8 @@ class Parts:
         self._serving = leased(replica.leased(self.app))
         self._lagging_app: LaggingApplication | None = None
         if settings.refuse_when_unshipped is not None:
+            from minikms_daemon.server.lagging import LaggingApplication  # in a daemon only if it may lag
+
             self._lagging_app = LaggingApplication(
                 self.app,
                 admission=admission,
@@ -278,7 +284,7 @@ class Parts:
     async def watch_lag(self) -> None:
         """Refuses verbs while the auditor lags, until it is cancelled. Without a bound it returns."""
         while self._lagging_app is not None:
-            await asyncio.sleep(CHECK_SECONDS)
+            await asyncio.sleep(LAG_CHECK_SECONDS)
             self._check_lag()
 
     def _check_lag(self) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from minikms.audit import Event, queries, record
+from minikms.audit.following import LogFollower, last_lines
 from minikms.audit.log import CHORES_NS, LogLimits
-from minikms.audit.reader import DamagedSegmentError, LogFollower, last_lines
+from minikms.audit.reader import DamagedSegmentError
 from minikms_daemon.audit.maintenance import compress_closed
 from tests.minikms.audit.logmaker import KEY1, LOG, Clock, encrypt_event, lines_of, make_log, open_log, write_events
 

@@ -285,7 +285,7 @@ async def test_readers_see_the_old_or_the_new_content_while_a_key_is_overwritten
         def read() -> None:
             while not stop.is_set():
                 for key_id, contents in allowed.items():
-                    settled = deks.read_settled(
+                    settled = settled_keys.read_settled(
                         deks.file_name(key_id), dir_fd=store.directory_fd, is_valid=contents.__contains__
                     )
                     if store.read(key_id) not in contents or settled not in contents:
@@ -380,13 +380,13 @@ def test_a_content_is_read_again_until_it_settles(tmp_path: Path, monkeypatch: p
 
     directory = open_directory(tmp_path)
     contents = iter([b"mixture", b"new", b"new"])
-    monkeypatch.setattr(deks, "read_file_bounded", lambda *_, **__: next(contents))
-    monkeypatch.setattr(deks, "SETTLE_SECONDS", 0)
-    assert deks.read_settled("f", dir_fd=directory, is_valid=lambda content: content == b"new") == b"new"
-    reads = iter([b"bad"] * deks.SETTLE_READS_MAX)
-    monkeypatch.setattr(deks, "read_file_bounded", lambda *_, **__: next(reads))
-    assert deks.read_settled("f", dir_fd=directory, is_valid=lambda content: False) == b"bad"
+    monkeypatch.setattr(settled_keys, "read_file_bounded", lambda *_, **__: next(contents))
+    monkeypatch.setattr(settled_keys, "SETTLE_SECONDS", 0)
+    assert settled_keys.read_settled("f", dir_fd=directory, is_valid=lambda content: content == b"new") == b"new"
+    reads = iter([b"bad"] * settled_keys.SETTLE_READS_MAX)
+    monkeypatch.setattr(settled_keys, "read_file_bounded", lambda *_, **__: next(reads))
+    assert settled_keys.read_settled("f", dir_fd=directory, is_valid=lambda content: False) == b"bad"
     assert list(reads) == []
     monkeypatch.undo()
-    assert deks.read_settled("absent", dir_fd=directory, is_valid=lambda content: True) is None
+    assert settled_keys.read_settled("absent", dir_fd=directory, is_valid=lambda content: True) is None
     os.close(directory)
