@@ -24,12 +24,11 @@ from typing import Final, NamedTuple
 import uvloop
 
 from minikms.client import Client
-from minikms.http.accepting import listen_tcp
 from minikms.memory import SecretArena, SignalReader
 from minikms.memory.process import name_thread
 from minikms.platform.logs import service_logger
 from minikms.processes.config_file import address
-from minikms.processes.running import Run, run_hardened
+from minikms.processes.helper import HelperRun, listen_tcp, run_hardened
 from minikms.processes.sockets import listen
 from minikms_auditor.auditor import Auditor, Status
 from minikms_auditor.collectors import Collector, SplunkCollector
@@ -139,7 +138,7 @@ class _AuditorProcess:
         *,
         stopping: threading.Event,
         listener: socket.socket | None,
-        run: Run,
+        run: HelperRun,
     ) -> None:
         self._auditor = auditor
         self._sinks = sinks

@@ -27,14 +27,15 @@ import uvloop
 
 from minikms.api.errors import StartError
 from minikms.http import LIMITS, HttpServer
-from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, connections_bound, listen_tcp
+from minikms.http.accepting import DESCRIPTORS_COUNT, Acceptor, connections_bound
 from minikms.http.tls import HANDSHAKES_COUNT_MAX, TlsServer
 from minikms.memory import SignalReader
 from minikms.platform.accepting import raise_descriptor_limit
 from minikms.platform.logs import service_logger
 from minikms.platform.trusted_file import directory_read
 from minikms.processes.config_file import address
-from minikms.processes.running import Run, every, run_hardened
+from minikms.processes.helper import HelperRun, listen_tcp, run_hardened
+from minikms.processes.running import every
 from minikms.processes.tracing import Tracing, from_environment, is_wanted
 from minikms_gateway import metrics
 from minikms_gateway.application import Gateway, GatewaySession, GatewayState
@@ -166,7 +167,7 @@ class _GatewayProcess:
     listener: socket.socket
     metrics_listener: socket.socket | None
     connections_max: int
-    run: Run
+    run: HelperRun
     tracing: Tracing | None
 
     def __post_init__(self) -> None:

@@ -18,13 +18,12 @@ import uvloop
 
 from minikms.api.errors import KmsError
 from minikms.client import AsyncClient
-from minikms.http.accepting import listen_tcp
 from minikms.memory import SignalReader
 from minikms.platform.clock import boot_ns
 from minikms.platform.logs import service_logger
 from minikms.processes.config_file import address
+from minikms.processes.helper import HelperRun, listen_tcp, run_hardened
 from minikms.processes.postgresql import FAILURES
-from minikms.processes.running import Run, run_hardened
 from minikms_replicator.config import Config, Files
 from minikms_replicator.following import Follower, ReplicaClient
 from minikms_replicator.metrics import Figures, ReplicatorCollector
@@ -51,7 +50,7 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         uvloop.run(_serve(config, process, listener))
 
 
-async def _serve(config: Config, run: Run, listener: socket.socket | None) -> None:
+async def _serve(config: Config, run: HelperRun, listener: socket.socket | None) -> None:
     run.read_signals()
     async with AsyncClient(
         config.socket, server_uids=config.server_uids, timeout_s=DAEMON_S_MAX, wait_s=0
@@ -69,7 +68,7 @@ async def _serve(config: Config, run: Run, listener: socket.socket | None) -> No
 class Replicator:
     """One run. Used in the loop's thread."""
 
-    def __init__(self, config: Config, run: Run, daemon: ReplicaClient) -> None:
+    def __init__(self, config: Config, run: HelperRun, daemon: ReplicaClient) -> None:
         self._run = run
         self._tables = Tables(config.database.url, single_node=config.database.single_node)
         self._follower = Follower(self._tables, daemon)

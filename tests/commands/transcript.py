@@ -58,6 +58,7 @@ _PLAIN = (
     (re.compile(r"[\d,.]+ [KM]iB locked \(\S+\)"), "<n> locked"),
     (re.compile(r"(hardening  +).*"), r"\1<measures>"),
     (re.compile(r"[\d,]+, \d+ connections"), "<n>, <n> connections"),  # a slow start is asked more than once
+    (re.compile(r" \(still counting\)"), ""),  # until the scan of a start has ended
     (re.compile(r"\d+ (piece\(s\) of advice|lines)"), r"<n> \1"),
     (re.compile(r"(?m)^ +\w+: (hardening_missing|disk_low): .*\n"), ""),
     (re.compile(r"(?m)^advice: (memory|hardening_missing|disk|disk_low): .*\n  do: .*\n"), ""),

@@ -10,7 +10,7 @@ from typing import Any
 
 import asyncpg
 
-from minikms.processes.running import Run
+from minikms.processes.helper import HelperRun
 from minikms_replicator import process, tables
 from minikms_replicator.config import Config, DatabaseConfig
 from tests.minikms_replicator.fake_member import Member
@@ -48,7 +48,7 @@ async def replicating(
     tasks = []
     for member in members:
         config = Config(1, "/nowhere", DatabaseConfig(url, single_node))
-        replicator = process.Replicator(config, Run(unused, unused, unused), daemon=member)
+        replicator = process.Replicator(config, HelperRun(unused, unused, unused), daemon=member)
         tasks.append(asyncio.ensure_future(replicator.work()))
     try:
         yield tasks

@@ -13,20 +13,23 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import msgspec
+
 from minikms.api.base64 import decode_exact
 from minikms.api.errors import ConflictError
 from minikms.archives.archive import ArchiveError, AuditHead
 from minikms.archives.create import CHANGED, Task, VerifiedArchive, reread_entries
-from minikms.custody import deks, keyring_file, rotation_backups
+from minikms.custody import deks, keyring_file, rotation_backups, tombstone_file
 from minikms.custody.archive_register import ArchiveRegister, RegisteredArchive
-from minikms.custody.tombstone_file import write_tombstones
-from minikms.keys import keyring, members, root_slots
+from minikms.keys import keyring, members, root_slots, tombstones
 from minikms.keys.dek import bytes_to_key_id
-from minikms.keys.tombstones import Tombstone
+from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, RETIRED_ROOTS_MAX, AuditKeyEntry, Body
+from minikms.keys.root_slots import Resealed
+from minikms.keys.tombstones import ReadTombstones, Tombstone, TombstoneChain
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import fill_random
 from minikms.platform.directory_lock import LOCK_NAME, make_private_directory
-from minikms.platform.files import FileWrite, closed_after, make_files, open_directory, replace_file
+from minikms.platform.files import FileWrite, closed_after, make_files, open_directory, replace_file, replace_file_from
 
 
 class Target(NamedTuple):
@@ -104,7 +107,7 @@ def restore(
         make_private_directory(os.path.join(target.directory, name))
     keys = _write_files(path, good, task, target)
     removed = [] if newer is None else _take_root_keys(unlocked, newer.unlocked, good.manifest.audit_head, at=at)
-    written = write_tombstones(target.directory_fd, unlocked, target.tombstones)
+    written = _write_tombstones(target.directory_fd, unlocked, target.tombstones)
     written.tombstones.close()
     unlocked.body = body = members.alone(written.body, unlocked.member_id, at=at)
     begin_log()
@@ -132,7 +135,7 @@ def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: Aud
         or bytes(keyring.HEAD_BYTES),  # zeros, which no line has, so no log under a former key is continued
         key_version=resealed.key_version,
     )
-    unlocked.body = root_slots.with_slots_of(body, later.body, resealed, audit_key)
+    unlocked.body = with_slots_of(body, later.body, resealed, audit_key)
     unlocked.settle()
     opened_it = {slot.fingerprint for slot in body.slots}
     return [root.fingerprint for root in gone if root.fingerprint in opened_it]
@@ -159,3 +162,45 @@ def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -
     with closed_after(open_directory(os.path.join(target.directory, deks.DIRECTORY))) as directory_fd:
         make_files(directory_fd, files())
     return count
+
+
+def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditKeyEntry) -> Body:
+    """The body of a restored keyring with the root keys of `later`, a later state of it. `resealed` has the slots of
+    `later`. `audit_key`: the key of the new log. The epoch stays, and the former audit keys as far as there is room.
+    """
+    revoked = (*root_slots.removed_by(body, later), *body.revoking)
+    unique = tuple({root.fingerprint: root for root in reversed(revoked)}.values())
+    stay = {slot.fingerprint for slot in later.slots}
+    former = {slot.slot_id: slot.fingerprint for slot in body.slots}
+    rotation = body.rotation
+    if rotation is not None and former.get(rotation.slot_id) not in stay:
+        rotation = msgspec.structs.replace(rotation, slot_id="")
+    too_many = tuple(keyring.RetiredRoot(root.fingerprint, root.removed_at) for root in unique[RETIRED_ROOTS_MAX:])
+    retired = tuple(old for old in (*body.retired_roots, *too_many) if old.fingerprint not in stay)
+    return msgspec.structs.replace(
+        body,
+        key_version=resealed.key_version,
+        slots=resealed.slots,
+        keks=resealed.keks,
+        audit_keys=(*resealed.audit_keys, audit_key)[-AUDIT_KEYS_COUNT_MAX:],
+        members=resealed.members,
+        tombstone_log=resealed.tombstone_log,
+        rotation=rotation,
+        revoking=tuple(root for root in unique[:RETIRED_ROOTS_MAX] if root.fingerprint not in stay),
+        retired_roots=retired[-RETIRED_ROOTS_MAX:],
+    )
+
+
+def _write_tombstones(
+    directory_fd: int, unlocked: UnlockedKeyring, stones: Sequence[Tombstone]
+) -> tombstone_file.OpenedTombstones:
+    """Replaces the file by one with these tombstones, durably, and makes the body that counts them.
+
+    It also replaces a file that another keyring has left. Raises StorageUnavailableError.
+    """
+    body = unlocked.body
+    chain = TombstoneChain(body.keyring_id)
+    content = tombstones.HEADER + chain.append(unlocked.tombstone_key, stones)
+    replace_file_from(directory_fd, tombstone_file.NAME, (content,))
+    made = tombstone_file.Tombstones(directory_fd, ReadTombstones(content, chain, 0, 0), intact=True)
+    return tombstone_file.OpenedTombstones(made, keyring.counting(body, chain.count, chain.head))

@@ -218,16 +218,3 @@ def open_tombstones(directory_fd: int, unlocked: UnlockedKeyring) -> OpenedTombs
         intact = True
         body = keyring.counting(body, read.chain.count, read.chain.head)
     return OpenedTombstones(Tombstones(directory_fd, read, intact=intact), body)
-
-
-def write_tombstones(directory_fd: int, unlocked: UnlockedKeyring, stones: Sequence[Tombstone]) -> OpenedTombstones:
-    """Replaces the file by one with these tombstones, durably, and makes the body that counts them.
-
-    It also replaces a file that another keyring has left. Raises StorageUnavailableError.
-    """
-    body = unlocked.body
-    chain = TombstoneChain(body.keyring_id)
-    content = tombstones.HEADER + chain.append(unlocked.tombstone_key, stones)
-    replace_file_from(directory_fd, NAME, (content,))
-    made = Tombstones(directory_fd, ReadTombstones(content, chain, 0, 0), intact=True)
-    return OpenedTombstones(made, keyring.counting(body, chain.count, chain.head))

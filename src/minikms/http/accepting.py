@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Final, Generic
 
 from minikms import api
-from minikms.api.errors import StartError, StartLaterError
+from minikms.api.errors import StartError
 from minikms.http.exchange import S
 from minikms.http.server import HttpServer
 from minikms.platform.accepting import AcceptLoop
@@ -49,20 +49,6 @@ def bound_warning(connections_max: int) -> str | None:
         f"the limit of open files admits {connections_max} connections instead of {api.CONNECTIONS_MAX}: raise it to "
         f"{DESCRIPTORS_COUNT} (ulimit -n, or LimitNOFILE= in the unit)"
     )
-
-
-def listen_tcp(host: str, port: int) -> socket.socket:
-    """A listening, non-blocking socket. Raises StartError."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG_COUNT)
-        listener.setblocking(False)
-    except OSError as error:
-        listener.close()
-        raise StartLaterError(f"can't listen on {host}, port {port}: {error.strerror}") from None
-    return listener
 
 
 class Acceptor(Generic[S]):

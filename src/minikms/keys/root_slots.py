@@ -14,7 +14,6 @@ import msgspec
 
 from minikms.api.errors import ConflictError, LastRootError
 from minikms.keys.keyring import (
-    AUDIT_KEYS_COUNT_MAX,
     RETIRED_ROOTS_MAX,
     SLOTS_MAX,
     AuditKeyEntry,
@@ -22,7 +21,6 @@ from minikms.keys.keyring import (
     Body,
     Kek,
     Member,
-    RetiredRoot,
     RevokingRoot,
     RootSlot,
     TombstoneLog,
@@ -214,33 +212,6 @@ def removed_by(body: Body, later: Body) -> tuple[RevokingRoot, ...]:
         at = times.get(fingerprint, later.updated_at)
         revoked.setdefault(fingerprint, RevokingRoot(slot_id, fingerprint, provider, at, needed))
     return tuple(root for root in revoked.values() if root.fingerprint not in stay)
-
-
-def with_slots_of(body: Body, later: Body, resealed: Resealed, audit_key: AuditKeyEntry) -> Body:
-    """The body of a restored keyring with the root keys of `later`, a later state of it. `resealed` has the slots of
-    `later`. `audit_key`: the key of the new log. The epoch stays, and the former audit keys as far as there is room.
-    """
-    revoked = (*removed_by(body, later), *body.revoking)
-    unique = tuple({root.fingerprint: root for root in reversed(revoked)}.values())
-    stay = {slot.fingerprint for slot in later.slots}
-    former = {slot.slot_id: slot.fingerprint for slot in body.slots}
-    rotation = body.rotation
-    if rotation is not None and former.get(rotation.slot_id) not in stay:
-        rotation = msgspec.structs.replace(rotation, slot_id="")
-    too_many = tuple(RetiredRoot(root.fingerprint, root.removed_at) for root in unique[RETIRED_ROOTS_MAX:])
-    retired = tuple(old for old in (*body.retired_roots, *too_many) if old.fingerprint not in stay)
-    return msgspec.structs.replace(
-        body,
-        key_version=resealed.key_version,
-        slots=resealed.slots,
-        keks=resealed.keks,
-        audit_keys=(*resealed.audit_keys, audit_key)[-AUDIT_KEYS_COUNT_MAX:],
-        members=resealed.members,
-        tombstone_log=resealed.tombstone_log,
-        rotation=rotation,
-        revoking=tuple(root for root in unique[:RETIRED_ROOTS_MAX] if root.fingerprint not in stay),
-        retired_roots=retired[-RETIRED_ROOTS_MAX:],
-    )
 
 
 def replaced_by(body: Body, slot_id: str) -> frozenset[str]:

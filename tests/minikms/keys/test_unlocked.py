@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from minikms.api.errors import ArenaFullError, ConflictError, DecryptionError, KeyUnreadableError, StartError
+from minikms.archives.restore import with_slots_of
 from minikms.crypto import aead, labels, roots, slots
 from minikms.crypto.aead import NONCE_BYTES, NonceSource
 from minikms.crypto.slots import SlotBinding
@@ -113,7 +114,7 @@ def test_an_older_keyring_takes_the_roots_of_a_later_one(arena: SecretArena) -> 
     kek = bytes(older.kek(1))
     resealed = older.make_resealed_for(unlocked, fill_random)
     key = older.make_audit_key(fill_random, version=2, at=AT, key_version=resealed.key_version)
-    older.body = root_slots.with_slots_of(older.body, unlocked.body, resealed, key)
+    older.body = with_slots_of(older.body, unlocked.body, resealed, key)
     older.settle()
     keyrings.adopt(older, keyring.next_epoch(older.body, at=AT))
     again, slot = keyrings.reopened(arena, older, NEW_ROOT)
