@@ -1,8 +1,8 @@
 """`minikms serve`: the daemon, from flags and environment, in the place of this process.
 
-Owns: the flags of the daemon and how they go together; `daemon.settings` checks their values. Invariants: an empty
-environment variable counts as unset; a flag wins over its variable; a start without a root key is refused before
-anything is made or bound. It must never hold the root key, only where it comes from.
+Owns: the flags of the daemon and how they go together; `minikms_daemon.server.settings` checks their values.
+Invariants: an empty environment variable counts as unset; a flag wins over its variable; a start without a root key is
+refused before anything is made or bound. It must never hold the root key, only where it comes from.
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ FLAGS_BYTES_MAX: Final = 1024 * 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Flags:
-    """What `minikms serve` resolved from flags and environment; `daemon.settings` checks the rest. `root`: a source,
-    such as `file:PATH`. `key_owner`: of a key file that its group may read. `version`, `commit`: of the distribution.
+    """What `minikms serve` resolved from flags and environment; `minikms_daemon.server.settings` checks the rest.
+    `root`: a source, such as `file:PATH`. `key_owner`: of a key file that its group may read. `version`, `commit`: of
+    the distribution.
     """
 
     socket: str
