@@ -3,20 +3,24 @@
 Owns: the form of a line, and the writer. A log that nobody reads must not stop a service: a line that its pipe or
 socket can't take at once is dropped and counted, and the next line that fits says how many were. Invariants: no write
 waits; a line has at most LINE_CHARS_MAX characters, however long its texts are; a control character of a peer reaches
-no terminal; the bytes of a buffer are never written, and a traceback shows no values of variables.
+no terminal; the bytes of a buffer are never written, and a traceback shows no values of variables. An exception that
+nothing handles has a line in the log of a service, with its place and without its text.
 """
 
 from __future__ import annotations
 
 import io
 import json
+import logging
 import os
+import re
 import select
 import stat
 import sys
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Final, NamedTuple, TextIO
@@ -31,6 +35,8 @@ _PART_BYTES: Final = select.PIPE_BUF
 """A pipe that poll(2) calls writable has room for so much. A socket's room is larger."""
 _ESCAPED_CHARS: Final = 12
 """The longest form of one character: a pair of surrogates in JSON."""
+_FRAMES_MAX: Final = 20
+_WORDS: Final = re.compile(r"[\w .]*", re.ASCII)
 
 
 class Log:
@@ -97,9 +103,31 @@ def as_logfmt(values: dict[str, object]) -> str:
 
 
 def service_logger(log_format: str) -> Log:
-    """The log of a process that serves."""
+    """The log of a process that serves. Exceptions that nothing handles go there from now on, of every thread, of the
+    event loop and of finalizers.
+    """
     log_to(sys.stderr, log_format)
+    sys.excepthook = lambda _kind, error, _frames: _log_unhandled("exception", error)
+    threading.excepthook = lambda failure: _log_unhandled("exception in a thread", failure.exc_value)
+    sys.unraisablehook = lambda failure: _log_unhandled("exception in a finalizer", failure.exc_value)
+    logging.lastResort = _LibraryLines(logging.WARNING)
     return Log(started_at=time.time_ns() // 1_000_000_000)
+
+
+class _LibraryLines(logging.Handler):
+    """Takes what the standard library logs, such as a task whose exception nobody retrieves. Of a message it takes the
+    words at the beginning: the rest shows values.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        words = _WORDS.match(str(record.msg))
+        _log_unhandled(words[0].strip() if words else "", record.exc_info[1] if record.exc_info else None)
+
+
+def _log_unhandled(event: str, error: BaseException | None) -> None:
+    frames = list(traceback.walk_tb(error.__traceback__ if error is not None else None))[-_FRAMES_MAX:]
+    places = [f"{frame.f_globals.get('__name__')}:{line}" for frame, line in frames]
+    Log().critical(event, error=type(error).__name__ if error is not None else "", at=" ".join(places))
 
 
 def log_to(stream: TextIO | None, log_format: str, level: str = "debug") -> None:
@@ -166,7 +194,10 @@ class _LogLines:
         self._render = render
         self._poll = select.poll()
         self._poll.register(self._descriptor, select.POLLOUT)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._waiting: deque[str] = deque()
+        """Lines of this thread: a signal handler and a finalizer may log while it writes one."""
+        self._is_writing = False
         self._dropped = 0
         self._is_cut = False
         """The last line was written in part."""
@@ -174,10 +205,21 @@ class _LogLines:
     def write(self, level: str, values: dict[str, object]) -> None:
         line = _line(self._render, level, values)
         with self._lock:
-            if self._dropped and self._put(self._line_of_dropped()):
-                self._dropped = 0
-            if self._dropped or not self._put(line):
-                self._dropped += 1
+            self._waiting.append(line)
+            if self._is_writing:
+                return
+            self._is_writing = True
+            try:
+                while self._waiting:
+                    self._put_or_count(self._waiting.popleft())
+            finally:
+                self._is_writing = False
+
+    def _put_or_count(self, line: str) -> None:
+        if self._dropped and self._put(self._line_of_dropped()):
+            self._dropped = 0
+        if self._dropped or not self._put(line):
+            self._dropped += 1
 
     def _line_of_dropped(self) -> str:
         return _line(self._render, "warning", {"event": "log lines dropped", "count": self._dropped})

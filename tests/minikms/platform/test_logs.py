@@ -206,3 +206,65 @@ print("done")
 def test_a_line_longer_than_a_pipe_takes_at_once_is_written() -> None:
     written = run(f"from minikms.platform import logs; logs.service_logger('text').info('x' * {LINES_COUNT})").stderr
     assert "x" * LINES_COUNT in written
+
+
+UNHANDLED = {
+    "exception in a thread": "threading.Thread(target=fail).start()",
+    "exception in a finalizer": "type('Finalized', (), {'__del__': lambda self: fail()})()",
+    "Task exception was never retrieved": "asyncio.run(leave(task()))",
+    "Exception in callback fail": "call(asyncio.new_event_loop)",
+    "Exception in callback": "call(uvloop.new_event_loop)",
+    "exception": "fail()",
+}
+
+
+@pytest.mark.parametrize("event", UNHANDLED)
+def test_an_exception_that_nothing_handles_is_a_line_without_values(event: str) -> None:
+    """Also its own text may be a value: that of a KeyError is the key."""
+    program = f"""
+import asyncio, threading, uvloop
+from minikms.platform import logs
+def fail(*_):
+    raise KeyError("zx9-secret")
+async def task():
+    fail()
+async def leave(work):
+    asyncio.ensure_future(work)
+    await asyncio.sleep(0)
+def call(new_loop):
+    async def soon():
+        asyncio.get_running_loop().call_soon(fail, "zx9-argument")
+        await asyncio.sleep(0)
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        runner.run(soon())
+logs.service_logger("json")
+{UNHANDLED[event]}
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    [text] = done.stderr.splitlines()
+    values = json.loads(text)
+    assert (values["level"], values["error"]) == ("critical", "KeyError")
+    assert values["event"] == event
+    assert re.search(r"__main__:\d+$", values["at"])
+    assert "zx9" not in text
+
+
+def test_a_line_that_is_logged_while_its_thread_writes_one_comes_after_it() -> None:
+    """A signal handler or a finalizer logs in the middle of a write."""
+    program = """
+import os
+from minikms.platform import logs
+write = os.write
+def interrupted(descriptor, part):
+    os.write = write
+    log.info("second")
+    return write(descriptor, part)
+log = logs.service_logger("text")
+os.write = interrupted
+del os.RWF_NOWAIT
+log = logs.service_logger("text")
+log.info("first")
+log.info("third")
+"""
+    events = re.findall(r"event=(\w+)", run(program).stderr)
+    assert events == ["first", "second", "third"]
