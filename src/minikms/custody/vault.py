@@ -28,7 +28,7 @@ from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor
 from functools import partial
-from typing import Final, Literal, Self, TypeVar
+from typing import Final, TypeVar
 
 from minikms import api
 from minikms.api.errors import (
@@ -55,6 +55,7 @@ from minikms.custody.open_dek import OpenDek
 from minikms.custody.replication import Changes
 from minikms.custody.rotation_backups import BLANK_FILES_MAX, FoundRecords, JournalFile, KeysWithin, RotationBackups
 from minikms.custody.tombstone_file import Tombstones
+from minikms.custody.unlimited import UnlimitedCaller
 from minikms.keys import dek
 from minikms.keys.cache import KeyCache
 from minikms.keys.dek import DekRecord, check_key_id, move_dek
@@ -66,8 +67,6 @@ from minikms.platform.files import remove_left_temps
 from minikms.platform.logs import Log
 from minikms.platform.workers import in_worker
 
-StatusView = Literal["whole", "without_key_files", "reduced"]
-"""How much of `/status` a caller may see."""
 CACHE_KEYS_MAX: Final = 16_384
 CACHE_AGE_SECONDS_MAX: Final = 3600
 SCAN_PAUSE_SECONDS: Final = 0.001
@@ -86,7 +85,7 @@ def permitted() -> None:
     """The `Permit` of callers whose rights are not limited to threads."""
 
 
-class Vault:
+class Vault(UnlimitedCaller):
     """The keys of a data directory. `executor` is the one thread that changes key files and keyring."""
 
     def __init__(
@@ -453,23 +452,6 @@ class Vault:
     async def blank_records(self, within: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
         await in_worker(self._executor, partial(self.rotation_backups.blank, [within]))
-
-    # --- a caller without limits: what `ScopedKeys` decides for the others --------------------------------------------
-
-    status_view: StatusView = "whole"
-
-    def refresh(self) -> None:
-        """No policy can have changed."""
-
-    def permit_all_threads(self) -> None:
-        """Every thread is allowed."""
-
-    def allows_thread(self, thread_id: str) -> bool:
-        return True
-
-    def of_verb(self, verb: object) -> Self:
-        """The keys for what another verb does."""
-        return self
 
     def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> KeyPage:
         """Pages as `KeyIndex.page`. Raises InvalidRequestError for an `after` that is no key id."""

@@ -1,8 +1,8 @@
 """What a policy means for one request: the decision, its reason, and what would change it.
 
 Owns: the texts for people about a decision. Invariant: a decision is made by
-`minikms.policy.policy.FilePolicy.principal` and `minikms.policy.rules.Scope.decide`, as for a request; the texts follow
-from it. It must never decide by itself.
+`minikms.policy.file_policy.FilePolicy.principal` and `minikms.policy.rules.Scope.decide`, as for a request; the texts
+follow from it. It must never decide by itself.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from minikms.api import Verb
 from minikms.api.errors import ForbiddenError, InvalidRequestError, NotSealedError
 from minikms.audit import Event
 from minikms.audit.record import TYPE_REFUSED
-from minikms.custody.vault import Permit, StatusView, Vault
+from minikms.custody.unlimited import StatusView
+from minikms.custody.vault import Permit, Vault
 from minikms.http import HttpRequest, ParsedHead, Response, Routes, no_route, parse_query, path_id
 from minikms.policy.principal import Principal, require
 from minikms_daemon.audit.turns import TurnAudit

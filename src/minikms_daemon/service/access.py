@@ -35,7 +35,8 @@ from minikms.audit import Event
 from minikms.crypto import aead
 from minikms.custody.destruction import Destroyed
 from minikms.custody.open_dek import OpenDek
-from minikms.custody.vault import Indexing, StatusView, Vault
+from minikms.custody.unlimited import StatusView
+from minikms.custody.vault import Indexing, Vault
 from minikms.keys.dek import DekRecord, bytes_to_key_id, check_key_id, key_id_to_bytes, not_found
 from minikms.keys.index import KeyPage
 from minikms.policy.meters import Charge, Cost, Meters, Taken

@@ -242,8 +242,8 @@ def test_the_last_lines_are_bounded_by_their_bytes(tmp_path: Path, monkeypatch: 
     compress_closed(str(tmp_path))
     every = last_lines(str(tmp_path), 10_000)
     assert sum(map(len, every)) < LAST_BYTES_MAX and len(every) > 400
-    monkeypatch.setattr("minikms.audit.reader.LAST_BYTES_MAX", 20_000)
-    monkeypatch.setattr("minikms.audit.reader._BACKWARDS_BYTES", 1000)
+    monkeypatch.setattr("minikms.audit.following.LAST_BYTES_MAX", 20_000)
+    monkeypatch.setattr("minikms.audit.following._BACKWARDS_BYTES", 1000)
     some = last_lines(str(tmp_path), 10_000)
     assert some and sum(map(len, some)) < 70_000
     assert some == every[-len(some) :]

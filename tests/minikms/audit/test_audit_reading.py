@@ -90,7 +90,7 @@ def test_the_last_lines_come_from_as_many_files_as_it_takes(tmp_path: Path, coun
 
 
 def test_the_last_lines_are_read_from_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minikms.audit.reader._BACKWARDS_BYTES", 1000)
+    monkeypatch.setattr("minikms.audit.following._BACKWARDS_BYTES", 1000)
     make_log(tmp_path, 200)
     (tmp_path / LOG).write_bytes(b"damaged" + (tmp_path / LOG).read_bytes()[7:])
     assert seqs(last_lines(str(tmp_path), 20)) == list(range(183, 203))
