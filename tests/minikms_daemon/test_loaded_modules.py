@@ -8,7 +8,7 @@ import pytest
 from tests.minikms_daemon.loaded_modules import BESIDE, expected_modules, loaded, read_list
 
 REWRITE = "run `python -m tests.minikms_daemon.loaded_modules`, and read the difference"
-LINES_MAX = {"plain": 18_700, "policy": 18_700, "member": 20_000, "unlock": 19_000, "auditor": 18_700}
+LINES_MAX = {"plain": 17_000, "policy": 18_200, "member": 19_550, "unlock": 17_300, "auditor": 18_300}
 """Code lines of ours. A feature that nothing configures costs a reviewer none."""
 FOREIGN_LINES_MAX = 4_500
 LINES_STALE_MAX = 0.05

@@ -259,6 +259,14 @@ class Body(_Part, frozen=True):
     def member(self, member_id: str) -> Member | None:
         return next((member for member in self.members if member.member_id == member_id), None)
 
+    def slots_of_others(self, member_id: str) -> frozenset[str]:
+        """The slots whose root keys are on other hosts: they open nothing here."""
+        return frozenset(member.slot_id for member in self.members if member.member_id != member_id)
+
+    def without_member(self, member_id: str) -> Body:
+        """The body without this host. The epoch stays."""
+        return msgspec.structs.replace(self, members=tuple(one for one in self.members if one.member_id != member_id))
+
     def audit_of(self, member_id: str) -> AuditState:
         """The audit state of a member; without such a member, that of the host on which the keyring was made."""
         member = self.member(member_id)

@@ -11,8 +11,6 @@ from __future__ import annotations
 import re
 from typing import Final
 
-import msgspec
-
 from minikms import api
 from minikms.api.base64 import decode_canonical, encode_text
 from minikms.api.errors import ConflictError, InvalidRequestError
@@ -88,20 +86,10 @@ def check_takes(body: Body, name: str, slot_id: str, fingerprint: str) -> None:
         raise ConflictError("the invitation is used already, or of another keyring: make a new one, and join again")
 
 
-def slots_of_others(body: Body, member_id: str) -> frozenset[str]:
-    """The slots whose root keys are on other hosts: they open nothing here."""
-    return frozenset(member.slot_id for member in body.members if member.member_id != member_id)
-
-
 def begun(body: Body, name: str, slot_id: str, *, at: str) -> Body:
     """Makes this the first host of several; its audit log stays that of the body."""
     first = Member(FIRST_ID, name, slot_id, at, body.key_version)
     return next_epoch(body, at=at, members=(first,))
-
-
-def without(body: Body, member_id: str) -> Body:
-    """The body without this host. The epoch stays."""
-    return msgspec.structs.replace(body, members=tuple(one for one in body.members if one.member_id != member_id))
 
 
 def alone(body: Body, member_id: str, *, at: str) -> Body:

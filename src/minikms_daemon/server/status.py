@@ -19,7 +19,6 @@ from minikms.api import Condition
 from minikms.api.errors import StandbyError
 from minikms.conditions import DISK_FULL_BYTES, by_severity, hardening, of_status, state
 from minikms.http.accepting import bound_warning
-from minikms.keys import members
 from minikms.keys.keyring import AUDIT_KEYS_COUNT_MAX, AUDIT_KEYS_COUNT_WARN
 from minikms.platform.logs import Log
 
@@ -217,7 +216,7 @@ class StatusPage:
             )
         pin = self._settings.opening.pin
         pinned = frozenset() if pin is None else pin.pinned()
-        others = members.slots_of_others(body, self._vault.unlocked.member_id)
+        others = body.slots_of_others(self._vault.unlocked.member_id)
         unpinned = [
             slot.slot_id for slot in body.slots if slot.fingerprint not in pinned and slot.slot_id not in others
         ]

@@ -113,7 +113,7 @@ class ReplicaVerbs:
 
         def without(body: Body) -> Body:
             permit()
-            return keyring.next_epoch(members.without(body, member_id), at=now_rfc3339())
+            return keyring.next_epoch(body.without_member(member_id), at=now_rfc3339())
 
         chosen(self._vault.keyring.body)
         await self._begin(event, answer)

@@ -22,7 +22,7 @@ from minikms.audit import AuditKey
 from minikms.audit.record import LineRef
 from minikms.custody.vault import Vault
 from minikms.datadir import audit_keys
-from minikms.keys import members, root_slots
+from minikms.keys import root_slots
 from minikms.keys.keyring import AuditKeyEntry, Body, confirmed, next_epoch
 from minikms.memory.arena import fill_random
 from minikms.platform.clock import now_rfc3339
@@ -105,7 +105,7 @@ class RootRemoval:
                 resealed = unlocked.make_resealed(fill_random, without=gone)
                 key, at = self._audit_key_after(last, resealed.key_version), now_rfc3339()
                 changed = root_slots.remove_slots(body, resealed, unlocked.member_id, key, at=at, proved=proved)
-                return members.without(changed, member_id)
+                return changed.without_member(member_id)
 
             await self._change_key(replace, without)
 

@@ -20,7 +20,7 @@ from minikms.audit import Event
 from minikms.crypto import roots
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
 from minikms.custody.vault import Permit, Vault
-from minikms.keys import keyring, members, root_slots
+from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body, RevokingRoot, RootSlot, ShareSet
 from minikms.memory.arena import SecretSlot
 from minikms.platform.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339
@@ -166,7 +166,7 @@ class RootVerbs:
 
     def _describe(self, slot: RootSlot) -> api.RootAnswer:
         shares, unlocked = slot.shares, self._vault.unlocked
-        others = members.slots_of_others(unlocked.body, unlocked.member_id)
+        others = unlocked.body.slots_of_others(unlocked.member_id)
         return api.RootAnswer(
             slot_id=slot.slot_id,
             fingerprint=slot.fingerprint,
