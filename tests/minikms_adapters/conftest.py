@@ -14,7 +14,7 @@ from tests.harness.live_daemon import LiveDaemon
 NEEDS = {
     "test_blind_index.py": ("aiosqlite", "sqlalchemy"),
     "test_django.py": ("django",),
-    "langgraph": ("langchain_core", "langgraph", "ormsgpack", "psycopg"),
+    "langgraph": ("langchain_core", "langgraph", "langgraph_sdk", "ormsgpack", "psycopg"),
     "test_openai_agents.py": ("agents", "openai"),
     "test_pydantic_ai.py": ("pydantic", "pydantic_ai"),
     "test_sql_guard.py": ("sqlalchemy",),
