@@ -92,7 +92,7 @@ MUTANTS: Final[Mapping[str, Mutant]] = {
     ),
     "lease-from-the-answer": Mutant(
         Variant(),
-        ((KEY_TABLES, "return Lease._make((*row, asked_ns))", "return Lease._make((*row, boot_ns()))"),),
+        ((KEY_TABLES, "return RenewedLease._make((*row, asked_ns))", "return RenewedLease._make((*row, boot_ns()))"),),
         ("--key-hosts", "--faults", ",".join(["replicator_stopped"] * 3)),
         " answered at ",
     ),

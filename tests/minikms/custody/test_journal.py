@@ -573,7 +573,7 @@ async def test_a_file_that_is_made_while_another_process_looks_for_it_is_found(
     tmp_path: Path, made: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The log is full and removed between the look at the file and the look into the log."""
-    monkeypatch.setattr(deks, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(settled_keys, "SETTLE_SECONDS", 0.0)
 
     async with opened_vault(tmp_path / "d") as one:
         [key_id] = await one.make(1)
@@ -613,7 +613,7 @@ async def test_no_reader_gets_a_part_of_a_file_that_is_being_made(
     async with opened_vault(tmp_path / "d") as one:
         store.append(one.vault.store)
         monkeypatch.setattr(journal, "make_file", slowly)
-        monkeypatch.setattr(deks, "SETTLE_SECONDS", 0.0)
+        monkeypatch.setattr(settled_keys, "SETTLE_SECONDS", 0.0)
         key_ids = await one.make(3)
         assert wrong == []
         assert len(one.keys(key_ids)) == 3
