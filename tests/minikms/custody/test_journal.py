@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minikms.api.errors import KmsRefusedError, StartError, StorageUnavailableError
-from minikms.custody import deks, journal, settled_keys
+from minikms.custody import journal, settled_keys
 from minikms.custody.deks import DekStore
 from minikms.custody.journal import NAME, Journal, Replayed, replay
 from minikms.custody.journal_format import BLANK, MAGIC, RECORD_BYTES, SECTOR_BYTES, Change, decode, encode
