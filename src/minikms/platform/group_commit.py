@@ -109,23 +109,25 @@ class GroupCommit(Generic[T, R]):
         group = self._next_group(loop.time())
         try:
             if group:
-                outcomes = await self._carry_out([request.item for request in group])
-                for request, outcome in zip(group, outcomes, strict=True):
-                    if request.outcome.done():
-                        continue
-                    if isinstance(outcome, KmsError):
-                        request.outcome.set_exception(outcome)
-                    else:
-                        request.outcome.set_result(outcome)
+                self._settle(group, await self._carry_out([request.item for request in group]))
         except KmsError as error:
-            for request in group:
-                if not request.outcome.done():
-                    request.outcome.set_exception(copy_of(error))
+            self._settle(group, [copy_of(error) for _ in group])
         except BaseException:
             for request in group:
                 if not request.outcome.done():
                     self._abandon(request.outcome)
             raise
         finally:
+            group.clear()  # the frames of an error lead to this one
             # The callers of this group run before the next one begins, and may be part of it.
             self._running = loop.create_task(self._run(loop)) if self._waiting else None
+
+    @staticmethod
+    def _settle(group: list[_Request[T, R]], outcomes: Sequence[R | KmsError]) -> None:
+        for request, outcome in zip(group, outcomes, strict=True):
+            if request.outcome.done():
+                continue
+            if isinstance(outcome, KmsError):
+                request.outcome.set_exception(outcome)
+            else:
+                request.outcome.set_result(outcome)
