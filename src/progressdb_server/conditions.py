@@ -109,13 +109,13 @@ class Look:
         """Everything that this server and its key service know to be wrong, the worst first."""
         store, now_s = self._store, time.time()
         writes, problem = await self._probes.problems()
-        found = [state("store_unavailable", reason=writes)] if writes else []
-        if problem:
-            found.append(state("key_service_unavailable", reason=problem))
         status = self._probes.status
-        if status is not None:
-            found += reported(status)
-        elif not problem:
+        found = [] if status is None else reported(status)
+        if writes and writes != problem:
+            found.append(state("store_unavailable", reason=writes))
+        if problem and not any(condition.severity == FAILING for condition in found):
+            found.append(state("key_service_unavailable", reason=problem))
+        elif status is None and not problem:
             found.append(state("key_service_unseen"))
         if damage := self._probes.damage():
             found.append(state("store_damaged", reason=damage))

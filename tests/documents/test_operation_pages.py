@@ -41,7 +41,7 @@ def test_a_dev_server_gets_a_root_key_of_its_own_and_keeps_its_data() -> None:
         "kill $(jobs -p); wait", "mv data/store not-mounted",
         f"{server} --master-key-file server.key 2> empty.log &",
         "until curl -sf $READYZ | grep empty; do sleep 0.1; done",
-        "progressdb status --db data | grep 'notice .*no thread at the start.*1 active'",
+        "progressdb status --db data | grep ': store_notice: .*no thread at the start.*1 active'",
         "grep -q event=store_is_empty empty.log", "kill $(jobs -p); wait",
         "rm -r data/store", "mv not-mounted data/store",
         f"! {server} --dev", "echo end",
