@@ -28,6 +28,9 @@ from grafana_foundation_sdk.models.dashboard import (
 )
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
+from minikms.conditions import AUDITOR_LAG_LINES, AUDITOR_SILENT_SECONDS, DISK_LOW_BYTES
+from progressdb_server.conditions import BACKUP_OLD_S
+
 DEPLOY: Final = Path(__file__).resolve().parents[1] / "deploy"
 DIRECTORY: Final = DEPLOY / "grafana"
 SOURCE: Final = DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -40,7 +43,8 @@ SIZES: Final = {"yes": (16, 4), "value": (4, 4), "table": (12, 6), "lines": (12,
 
 class Panel(NamedTuple):
     """`kind`: "yes" shows 1 as good and 0 as bad, "value" one number, "lines" a chart, "table" labels. `queries`: by
-    legend, in PromQL, where RANGE is that of a rate. `alert`: the rule whose limit is shown; `bad`: one without it.
+    legend, in PromQL, where RANGE is that of a rate. `alert`: the rule whose limit is shown; `bad`: the limit
+    where no rule, or no comparison in it, says one, and `below` whether what is below it is bad.
     """
 
     kind: str
@@ -50,6 +54,7 @@ class Panel(NamedTuple):
     unit: str = "short"
     alert: str = ""
     bad: float | None = None
+    below: bool = False
 
 
 def p99(histogram: str, labels: str = "", by: str = "le") -> str:
@@ -99,7 +104,8 @@ MESSAGE_SERVER: Final = [
     Panel("lines", "Who is refused?", "401 and 403: a wrong key or user. 429: too many requests.",
           rates(f"{HTTP}s_total", "status", 'status=~"401|403|429"'), "reqps", "ProgressdbRefusesCallers"),
     Panel("value", "Newest backup", "Is it young enough?",
-          {"age": "time() - max(progressdb_store_backup_timestamp_seconds > 0)"}, "s", "ProgressdbBackupOld"),
+          {"age": "time() - max(progressdb_store_backup_timestamp_seconds > 0)"}, "s", "ProgressdbBackupOld",
+          BACKUP_OLD_S),
     Panel("value", "Jobs", "Do rotations and purges run?",
           {"running": "sum(progressdb_jobs_running)", "unfinished": "sum(progressdb_jobs_unfinished)"}),
     Panel("value", "To re-encrypt", "How many records are left?", {"": "sum(progressdb_jobs_records_left)"}),
@@ -121,7 +127,7 @@ KEY_SERVICE: Final = [
           rates("minikms_policy_refusals_total", "reason")
           | {"no request": "sum(rate(minikms_http_refused_total[RANGE]))"}, "reqps", "MinikmsPolicyRefuses"),
     Panel("lines", "Is the audit log shipped?", "Lines that the auditor has not taken.",
-          {"{{instance}}": "minikms_audit_lag_lines"}, alert="MinikmsAuditorLags"),
+          {"{{instance}}": "minikms_audit_lag_lines"}, alert="MinikmsAuditorLags", bad=AUDITOR_LAG_LINES),
     Panel("lines", "Keys", "How many, in which state?", {"{{state}}": "sum by (state) (minikms_keys)"}),
     Panel("lines", "Which keys are due?", "Keys under each KEK. A rotation moves all to the newest.",
           {"KEK {{kek_version}}": "sum by (kek_version) (minikms_keys_by_kek)"}),
@@ -130,9 +136,10 @@ KEY_SERVICE: Final = [
     Panel("value", "Limits used up", "How many hourly budgets refuse requests?",
           {"": "sum(minikms_policy_budgets_exhausted)"}, bad=1),
     Panel("value", "Auditor's report", "How long ago? Without an auditor, since the start.",
-          {"": "max(minikms_audit_position_age_seconds)"}, "s", "MinikmsAuditorAway"),
+          {"": "max(minikms_audit_position_age_seconds)"}, "s", "MinikmsAuditorAway",
+          AUDITOR_SILENT_SECONDS),
     Panel("lines", "Free disk", "When is it full?", {"{{instance}}": "minikms_disk_free_bytes"}, "bytes",
-          "MinikmsDiskNearlyFull"),
+          "MinikmsDiskNearlyFull", DISK_LOW_BYTES, below=True),
 ]
 BESIDE: Final = [
     *opening('alertname=~"Minikms(Gateway|Auditor|Sink).*"', {
@@ -155,7 +162,7 @@ BESIDE: Final = [
     }),
     Panel("lines", "Is the audit log shipped?", "Lines that are not in the tree, or that a receiver does not have.",
           {"tree": "sum(minikms_auditor_lag_lines)", "{{sink}}": "sum by (sink) (minikms_auditor_sink_lag_lines)"},
-          alert="MinikmsAuditorLags"),
+          alert="MinikmsAuditorLags", bad=AUDITOR_LAG_LINES),
     Panel("lines", "Receivers that are behind", "How long have they taken nothing, though lines wait?", {
         "{{sink}}": "(time() - minikms_auditor_sink_delivered_timestamp_seconds)"
                     " * (minikms_auditor_sink_lag_lines > bool 0)",
@@ -182,15 +189,17 @@ def rules() -> dict[str, dict[str, Any]]:
     return {rule["alert"]: rule for group in groups for rule in group["rules"]}
 
 
-def limits(alert: str, bad_from: float | None) -> dashboard.ThresholdsConfig:
-    """Of the last comparison of the alert, in the colour of its severity."""
-    steps = [Threshold(None, "green")] + ([] if bad_from is None else [Threshold(bad_from, "red")])
-    if alert:
-        rule = rules()[alert]
-        [(sign, limit)] = LIMIT.findall(rule["expr"])
-        bad, at = COLOURS[rule["labels"]["severity"]], float(limit)
+def limits(alert: str, limit: float | None, below: bool) -> dashboard.ThresholdsConfig:
+    """The steps of the panel's limit, in the colour of its alert's severity."""
+    rule = rules()[alert] if alert else None
+    bad = COLOURS[rule["labels"]["severity"]] if rule else "red"
+    if rule and limit is None:
+        [(sign, text)] = LIMIT.findall(rule["expr"])  # of its last comparison
+        limit = float(text)
         below = sign == "<" and " bool " not in rule["expr"]  # with `bool` the rule fires when the comparison fails
-        steps = [Threshold(None, bad), Threshold(at, "green")] if below else [*steps, Threshold(at, bad)]
+    steps = [Threshold(None, bad if below else "green")]
+    if limit is not None:
+        steps.append(Threshold(limit, "green" if below else bad))
     return dashboard.ThresholdsConfig().mode(ThresholdsMode.ABSOLUTE).steps(steps)
 
 
@@ -218,7 +227,7 @@ def built(number: int, panel: Panel) -> stat.Panel | table.Panel | timeseries.Pa
         made.with_target(target.instant().format(PromQueryFormat.TABLE) if panel.kind == "table" else target.range())
     made.id(number).title(panel.title).description(panel.question).datasource(SOURCE).unit(panel.unit)
     columns, rows = SIZES[panel.kind]
-    return made.thresholds(limits(panel.alert, panel.bad)).no_value("none").span(columns).height(rows)
+    return made.thresholds(limits(panel.alert, panel.bad, panel.below)).no_value("none").span(columns).height(rows)
 
 
 def page(name: str) -> str:
