@@ -145,7 +145,7 @@ async def _measure(messages: int) -> list[float]:
                     sample.append(made.id)
 
         async def last(count: int) -> None:
-            async for _ in store.reading.messages("long", asked=MessageRange(limit=count)):
+            async for _ in store.reading.messages("long", range_=MessageRange(limit=count)):
                 pass
 
         async def threads() -> None:

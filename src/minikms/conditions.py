@@ -181,8 +181,8 @@ def hardening(measures: Iterable[Mapping[str, Any]]) -> Iterator[Condition]:
 def _kek(status: Mapping[str, Any], now_s: float) -> Iterator[Condition]:
     rotation = status["rotation"]
     if rotation is None:
-        made = max((kek["created_at"] for kek in status["keks"] if kek["state"] == "active"), default="")
-        days = int((now_s - unix_seconds(made)) // DAY_SECONDS) if made else 0
+        created = max((kek["created_at"] for kek in status["keks"] if kek["state"] == "active"), default="")
+        days = int((now_s - unix_seconds(created)) // DAY_SECONDS) if created else 0
         if days > KEK_OLD_DAYS:
             yield state("kek_old", days=days)
     elif rotation["last_error"]:

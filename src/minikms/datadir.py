@@ -244,12 +244,12 @@ def open_for_service(
             store = deks.DekStore(directory)
         undo.callback(store.close)
         with written_at_start(os.path.join(directory, rotation_backups.DIRECTORY)):
-            kept = rotation_backups.RotationBackups(directory)
-        undo.callback(kept.close)
+            backups = rotation_backups.RotationBackups(directory)
+        undo.callback(backups.close)
         with written_at_start(os.path.join(directory, f"{files.TEMP_PREFIX}*")):
             files.sweep_temps(lock.directory_fd)
             with contextlib.suppress(StorageUnavailableError):  # then no key is destroyed
-                kept.sweep_temps()
+                backups.sweep_temps()
         index, why_no_index = KeyIndex(os.urandom(HASH_KEY_BYTES)), ""
         try:  # before the replay, which changes the directory of the key files
             if mark is None:
@@ -261,15 +261,15 @@ def open_for_service(
         stamp = clock.stamp(clock.now_ns())
         with written_at_start(os.path.join(directory, journal.NAME)):
             replayed = journal.replay(
-                lock.directory_fd, store, kept, destroyed=destroyed, has_kek=unlocked.body.has_kek, stamp=stamp
+                lock.directory_fd, store, backups, destroyed=destroyed, has_kek=unlocked.body.has_kek, stamp=stamp
             )
         vault = Vault(
             arena=arena,
             unlocked=unlocked,
             keyring_file=file,
             store=store,
-            rotation_backups=kept,
-            journal=Journal(lock.directory_fd, store, kept, disk),
+            rotation_backups=backups,
+            journal=Journal(lock.directory_fd, store, backups, disk),
             destroyed=destroyed,
             executor=disk,
             nonces=nonces,

@@ -199,8 +199,8 @@ class AttemptRecords:
             return cls([], 1)
         if (file.format, file.version) != (ATTEMPTS_FORMAT, VERSION):
             return cls([], 1)
-        kept = [record for record in file.records if _is_well_formed(record)][-ATTEMPTS_KEPT:]
-        return cls(kept, max(0, file.dropped) + len(file.records) - len(kept))
+        attempts = [record for record in file.records if _is_well_formed(record)][-ATTEMPTS_KEPT:]
+        return cls(attempts, max(0, file.dropped) + len(file.records) - len(attempts))
 
     def begin(self, who: Principal, kind: Kind) -> Attempt:
         """A new record, not yet on disk."""

@@ -146,10 +146,10 @@ class _OpaqueField(BinaryField):
             return value
         return self.get_db_prep_value(value, connection)
 
-    def _holds_values(self, found: Any) -> bool:
-        if isinstance(found, Value):
-            return found.value is None or found._output_field_or_none is self
-        results = _results(found)
+    def _holds_values(self, values: Any) -> bool:
+        if isinstance(values, Value):
+            return values.value is None or values._output_field_or_none is self
+        results = _results(values)
         return bool(results) and all(self._holds_values(each) for each in results)
 
 
@@ -182,8 +182,8 @@ class EncryptedField(_OpaqueField):
         meta = self.model._meta
         named = [*meta.unique_together, *(getattr(each, "fields", ()) for each in (*meta.constraints, *meta.indexes))]
         used = any(self.name in names for names in named) or self.name in (each.lstrip("-") for each in meta.ordering)
-        found = [checks.Error("an encrypted field can't be unique, indexed or an order", obj=self, id="minikms.E001")]
-        return [*super().check(**kwargs), *(found if used else [])]
+        errors = [checks.Error("an encrypted field can't be unique, indexed or an order", obj=self, id="minikms.E001")]
+        return [*super().check(**kwargs), *(errors if used else [])]
 
     # --- values ---
 
@@ -220,8 +220,8 @@ class EncryptedField(_OpaqueField):
         return str(self.value_from_object(obj))
 
     def formfield(self, **kwargs: Any) -> Any:
-        shown = {"required": not self.blank, "label": self.verbose_name, "help_text": self.help_text}
-        return self.of.formfield(**{**shown, **kwargs})
+        options = {"required": not self.blank, "label": self.verbose_name, "help_text": self.help_text}
+        return self.of.formfield(**{**options, **kwargs})
 
 
 def _encrypted_orders(query: Any) -> Iterator[bool]:

@@ -68,8 +68,8 @@ class EncryptedConversationStore(ConversationStore):
             with malformed(place.record):
                 sealed.append((place, from_json(requests.metadata.get(JSON_FIELD) if requests else None)))
         opened = [_RECORD.validate_json(value) for value in (yield from self._sealer.open(sealed))]
-        for record, found in zip(stored, opened, strict=True):
-            if _plain(found) != _plain(replace(record, updated_at=found.updated_at)):
+        for record, outcome in zip(stored, opened, strict=True):
+            if _plain(outcome) != _plain(replace(record, updated_at=outcome.updated_at)):
                 raise WrongPlaceError(_record_place(record).record)
         return opened
 

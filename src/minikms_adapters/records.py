@@ -136,22 +136,22 @@ class StepRunner:
             return cast("T", end.value)
 
     async def _call(self, step: Step) -> Any:
-        found = self._function(step)(*step.args, **step.kwargs)
-        return found if step.each is None else [step.each(element) for element in found]
+        result = self._function(step)(*step.args, **step.kwargs)
+        return result if step.each is None else [step.each(element) for element in result]
 
     async def _call_async(self, step: Step) -> Any:
         if step.kms and self._blocking:
             return await asyncio.to_thread(self._function(step), *step.args, **step.kwargs)
-        found = self._function(step, self._prefix)(*step.args, **step.kwargs)
+        result = self._function(step, self._prefix)(*step.args, **step.kwargs)
         if step.each is not None:
-            return [step.each(element) async for element in found]
-        return await found if inspect.isawaitable(found) else found
+            return [step.each(element) async for element in result]
+        return await result if inspect.isawaitable(result) else result
 
     def _function(self, step: Step, prefix: str = "") -> Callable[..., Any]:
         if callable(step.method):
             return step.method
-        found = getattr(self._kms, step.method) if step.kms else getattr(step.of or self._inner, prefix + step.method)
-        return cast("Callable[..., Any]", found)
+        verb = getattr(self._kms, step.method) if step.kms else getattr(step.of or self._inner, prefix + step.method)
+        return cast("Callable[..., Any]", verb)
 
 
 def asynchronous(

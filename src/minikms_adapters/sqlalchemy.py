@@ -147,8 +147,8 @@ class Encrypted(Opaque):
     def run(self, steps: Steps[T]) -> T:
         """With an asyncio client only where SQLAlchemy runs in the greenlet of an asyncio engine."""
         if isinstance(self.kms, AsyncRunner):
-            found: T = await_only(self._runner.run_async(steps))
-            return found
+            result: T = await_only(self._runner.run_async(steps))
+            return result
         return self._runner.run(steps)
 
     @property
@@ -240,10 +240,10 @@ def _encrypt_parameters(  # noqa: PLR0917 - the arguments are SQLAlchemy's
     connection: Any, cursor: Any, statement: str, parameters: Any, context: Any, executemany: bool
 ) -> tuple[str, Any]:
     """All values of a statement with one batch, also where the database gets row after row."""
-    found = list(_each(parameters))
-    if any(each.sealed is None for each in found):
-        _seal({id(each): each for each in (*found, *_each(context.parameters))}.values())
-    return statement, _replaced(parameters) if found else parameters
+    rows = list(_each(parameters))
+    if any(each.sealed is None for each in rows):
+        _seal({id(each): each for each in (*rows, *_each(context.parameters))}.values())
+    return statement, _replaced(parameters) if rows else parameters
 
 
 def _seal(pending: Iterable[_Pending]) -> None:
@@ -340,8 +340,8 @@ def _hide_parameters(context: Any) -> None:
 
 def _owned_attributes(mapper: Mapper[Any]) -> list[tuple[str, str]]:
     """The attributes whose key is that of an owner, each with the attribute that names the owner."""
-    found = [(each.key, each.columns[0].type) for each in mapper.column_attrs]
-    return [(key, kind.key_of) for key, kind in found if isinstance(kind, Encrypted) and kind.key_of is not None]
+    columns = [(each.key, each.columns[0].type) for each in mapper.column_attrs]
+    return [(key, kind.key_of) for key, kind in columns if isinstance(kind, Encrypted) and kind.key_of is not None]
 
 
 @event.listens_for(Mapper, "mapper_configured")

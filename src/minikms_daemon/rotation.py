@@ -192,10 +192,10 @@ class KekRotation:
             if rotation is not None and rotation.slot_id:
                 raise ConflictError("a rotation to a new root key is running; wait for it, see /status")
             return None if rotation is None else ""
-        given = roots.fingerprint(root.view)
-        slot = body.slot_for(given)
+        fingerprint = roots.fingerprint(root.view)
+        slot = body.slot_for(fingerprint)
         if slot is None:
-            root_slots.check_is_new(body, given)
+            root_slots.check_is_new(body, fingerprint)
         else:
             replaced = any(other.replaces == slot.slot_id for other in body.slots)
             if slot.replaces or (slot.slot_id == replaces and not replaced):
@@ -308,7 +308,7 @@ class KekRotation:
     async def _run_pass(
         self, rotation: keyring.Rotation, listing: Callable[[int, set[str]], AsyncIterator[list[str]]]
     ) -> int:
-        found = self.unread = 0
+        count = self.unread = 0
         with self._vault.locks.watch() as changed:
             key_ids = listing(rotation.to_version, changed)
             reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
@@ -322,7 +322,7 @@ class KekRotation:
                     due = [one for one in due if one[0] not in written_late]
                     recent.append({key_id for key_id, _ in due})
                     batch = await self._rewrap(due, rotation.to_version)
-                    found += len(batch)
+                    count += len(batch)
                     if writing is not None:
                         await writing
                     writing = asyncio.create_task(self._write(batch, rotation.to_version, changed, rotation.stamp))
@@ -332,7 +332,7 @@ class KekRotation:
                 await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
                 del reading, writing  # the traceback of an error of theirs leads to this frame
         await in_worker(self._disk, self._vault.journal.flush)
-        return found
+        return count
 
     async def _read_due(self, key_ids: AsyncIterator[list[str]], to_version: int) -> list[ReadFile] | None:
         """The next files that are not under the version; None after the last one.
@@ -343,8 +343,8 @@ class KekRotation:
         async for chunk in key_ids:
             if not chunk:
                 continue
-            found = await in_worker(self._reader, partial(self._vault.store.read_many, chunk))
-            return [(key_id, data) for key_id, data in found if isinstance(data, KmsRefusedError) or marker not in data]
+            files = await in_worker(self._reader, partial(self._vault.store.read_many, chunk))
+            return [(key_id, data) for key_id, data in files if isinstance(data, KmsRefusedError) or marker not in data]
         return None
 
     async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Change]:
@@ -360,7 +360,7 @@ class KekRotation:
         are listed).
         """
         vault = self._vault
-        found: list[Change] = []
+        changes: list[Change] = []
         with dek.Rewrapper(vault.unlocked.kek_cipher, to_version, key=key, again=again) as rewrapper:
             for key_id, data in part:
                 if key_id in vault.destroyed:
@@ -380,8 +380,8 @@ class KekRotation:
                     vault.unreadable.add(key_id, str(error))
                     continue
                 vault.unreadable.remove(key_id)
-                found.append(Change.summed(key_id, data, dek.encode(changed)))
-        return found
+                changes.append(Change.summed(key_id, data, dek.encode(changed)))
+        return changes
 
     async def _write(self, batch: list[Change], to_version: int, changed: set[str], stamp: str) -> None:
         """Writes a batch, except the keys that another request changed or destroyed since they were read. Raises
@@ -455,17 +455,17 @@ class Pruning:
         removed = await self._remove_backups(before, live.unreadable, permit) if backups else 0
         kept_in_backups = await self._backup_census()
         destroyed: list[int] = []
-        kept: list[api.KeptKek] = []
+        keks: list[api.KeptKek] = []
         for kek in self._vault.keyring.body.keks:
             if kek.state != "retired":
                 continue
             why = _why_kept(kek.version, live, kept_in_backups)
             if why:
-                kept.append(api.KeptKek(kek.version, why))
+                keks.append(api.KeptKek(kek.version, why))
                 continue
             await self._destroy(kek.version, permit)
             destroyed.append(kek.version)
-        return api.PruneKekAnswer(destroyed, kept, removed)
+        return api.PruneKekAnswer(destroyed, keks, removed)
 
     async def keep_rotations(self, count: int) -> int:
         """Removes the backups of all but the newest `count` rotations; the number of backups removed.

@@ -142,8 +142,8 @@ def verify(token: Unverified, issuer: Issuer, key: Key, *, now: float, thumbprin
         raise RefusedTokenError("token_audience")
     bound = _bound_to(claims)
     check_binding(bound, thumbprint)
-    begun = _time(claims, "iat") or 0.0
-    return Verified(_name(claims, issuer), until, bound, token.issuer, token.kid, begun)
+    issued_at = _time(claims, "iat") or 0.0
+    return Verified(_name(claims, issuer), until, bound, token.issuer, token.kid, issued_at)
 
 
 def check_binding(bound: bytes | None, thumbprint: bytes | None) -> None:
@@ -182,9 +182,9 @@ def parse_keys(content: bytes) -> dict[str, Key]:
     return keys
 
 
-def _key(given: Mapping[str, Any]) -> Key | None:
+def _key(jwk: Mapping[str, Any]) -> Key | None:
     """Only the members of the public key are taken over."""
-    members = {name: given[name] for name in ("kty", "crv", "x", "y", "n", "e", "alg") if name in given}
+    members = {name: jwk[name] for name in ("kty", "crv", "x", "y", "n", "e", "alg") if name in jwk}
     try:
         [key] = KeySet.import_key_set({"keys": [members]}).keys
         if isinstance(key, RSAKey) and key.raw_value.key_size < RSA_BITS_MIN:
@@ -222,11 +222,11 @@ def _check_times(claims: Mapping[str, Any], now: float) -> float:
         raise RefusedTokenError("token_expired")
     if not now < until + SKEW_SECONDS:
         raise RefusedTokenError("token_expired")
-    begun = _time(claims, "iat")
-    for start in (begun, _time(claims, "nbf")):
+    issued_at = _time(claims, "iat")
+    for start in (issued_at, _time(claims, "nbf")):
         if start is not None and not start <= now + SKEW_SECONDS:
             raise RefusedTokenError("token_not_yet_valid")
-    if not until - (now if begun is None else begun) <= TOKEN_SECONDS_MAX + SKEW_SECONDS:
+    if not until - (now if issued_at is None else issued_at) <= TOKEN_SECONDS_MAX + SKEW_SECONDS:
         raise RefusedTokenError("token_lifetime")
     return until + SKEW_SECONDS
 

@@ -89,8 +89,8 @@ def fetch(
     from minikms.commands.output import counted
     from minikms_replicator import fetching
 
-    found = _with_tables(config, lambda tables: fetching.fetch(tables, str(data_dir)))
-    print(f"{counted(found.files, 'key')} and {counted(found.tombstones, 'tombstone')}, of change {found.number}")
+    summary = _with_tables(config, lambda tables: fetching.fetch(tables, str(data_dir)))
+    print(f"{counted(summary.files, 'key')} and {counted(summary.tombstones, 'tombstone')}, of change {summary.number}")
     return EXIT_GOOD
 
 
@@ -114,9 +114,9 @@ def evidence(*, config: Config = CONFIG, json: Json = False) -> int:
     from minikms.commands.output import print_result
     from minikms_replicator import fetching
 
-    shown = _with_tables(config, fetching.evidence)
-    keys = f"{len(shown.keys):,} and {len(shown.destroyed):,} destroyed"
-    print_result(shown, f"term {shown.term}, change {shown.number:,}, keys: {keys}", json=json)
+    report = _with_tables(config, fetching.evidence)
+    keys = f"{len(report.keys):,} and {len(report.destroyed):,} destroyed"
+    print_result(report, f"term {report.term}, change {report.number:,}, keys: {keys}", json=json)
     return EXIT_GOOD
 
 
@@ -179,7 +179,7 @@ def _problems(config: Path) -> list[str]:
     from minikms.platform import clock
     from minikms_replicator.config import Files
 
-    found = Files(config).config()
+    replication = Files(config).config()
     problems: list[str] = []
     members: list[MemberReport] = []
     try:
@@ -189,7 +189,7 @@ def _problems(config: Path) -> list[str]:
     except StartError as error:
         problems.append(str(error))
     try:
-        with Client(found.socket, server_uids=found.server_uids) as kms:
+        with Client(replication.socket, server_uids=replication.server_uids) as kms:
             position = kms.replica_follow(ASK_POSITION)
         reports = {each.member_id: each for each in members} | {position.member_id: position.report}
         for host in position.members or (position.member_id,):

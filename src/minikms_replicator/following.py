@@ -103,24 +103,24 @@ class Follower:
             part: ReplicaPart | None = None
             async with self._tables.snapshot():
                 head = await self._tables.head()
-                shown = _shown(head._replace(keyring_id=head.keyring_id or position.keyring_id))
+                answer = _shown(head._replace(keyring_id=head.keyring_id or position.keyring_id))
                 if head.empty:
-                    shown.keyring = ""
+                    answer.keyring = ""
                 elif position.mode != "sealed" and (head.number != position.number or position.begins):
-                    shown.keyring = encode_text(await self._tables.keyring())
+                    answer.keyring = encode_text(await self._tables.keyring())
                     part = await anext(parts)
             if part is None:
                 break
             await self._tables.confirm(position.report)
             request = ReplicaFollowRequest(
-                head=shown, after=position.number, files=part.files, tombstones_after=part.tombstones_after,
+                head=answer, after=position.number, files=part.files, tombstones_after=part.tombstones_after,
                 tombstones=encode_text(part.tombstones), complete=part.complete, members=members,
             )  # fmt: skip
             followed = await self._daemon.replica_follow(request)
             if part.complete:
                 return followed, head
         request = msgspec.structs.replace(
-            ASK_POSITION, head=shown, after=position.number, tombstones_after=position.tombstones,
+            ASK_POSITION, head=answer, after=position.number, tombstones_after=position.tombstones,
             complete=position.mode != "sealed", members=members,
         )  # fmt: skip
         async with asyncio.timeout(ASK_S_MAX):

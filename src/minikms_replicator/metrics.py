@@ -29,14 +29,14 @@ class ReplicatorCollector(Collector):
         self._read = read
 
     def collect(self) -> Iterable[Metric]:
-        found = self._read()
-        yield GaugeMetricFamily("minikms_replicator_serving", "1 while its member has the lease.", found.serving)
-        yield CounterMetricFamily("minikms_replicator_commits", "Confirmed commits.", found.commits)
-        yield CounterMetricFamily("minikms_replicator_commit_seconds", "Their duration in all.", found.commit_s)
+        values = self._read()
+        yield GaugeMetricFamily("minikms_replicator_serving", "1 while its member has the lease.", values.serving)
+        yield CounterMetricFamily("minikms_replicator_commits", "Confirmed commits.", values.commits)
+        yield CounterMetricFamily("minikms_replicator_commit_seconds", "Their duration in all.", values.commit_s)
         yield CounterMetricFamily(
-            "minikms_replicator_failures", "Failures of the database and of the key service.", found.failures
+            "minikms_replicator_failures", "Failures of the database and of the key service.", values.failures
         )
-        if found.confirmed_s is not None:
+        if values.confirmed_s is not None:
             yield GaugeMetricFamily(
-                "minikms_replicator_confirmed_seconds", "Since the last confirmed commit.", found.confirmed_s
+                "minikms_replicator_confirmed_seconds", "Since the last confirmed commit.", values.confirmed_s
             )

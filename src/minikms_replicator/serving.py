@@ -101,12 +101,12 @@ class Server:
         while boot_ns() < until_ns:
             try:
                 if commit is not None and is_known:
-                    made = await self._tables.change(lease.term, member, commit, seals)
-                    if made is not None:
-                        return made
-                found = await self._tables.renew(lease.term, member, numbers, seals)
-                if found is None or commit is None or found.number == commit.number:
-                    return found
+                    change = await self._tables.change(lease.term, member, commit, seals)
+                    if change is not None:
+                        return change
+                renewal = await self._tables.renew(lease.term, member, numbers, seals)
+                if renewal is None or commit is None or renewal.number == commit.number:
+                    return renewal
                 is_known = True
             except (TablesError, *FAILURES) as error:
                 self._failed("database", error)

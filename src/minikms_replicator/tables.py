@@ -268,8 +268,8 @@ class Tables:
                 if row["position"] != place or len(row["record"]) != RECORD_BYTES:
                     raise TablesError(f"the tombstones in the database are damaged at record {place}")
             complete = len(files) < PART_FILES and len(records) < PART_RECORDS
-            found = [ReplicaFile(row["key_id"], encode_text(row["content"])) for row in files]
-            yield ReplicaPart(found, tombstones, b"".join(row["record"] for row in records), complete)
+            rows = [ReplicaFile(row["key_id"], encode_text(row["content"])) for row in files]
+            yield ReplicaPart(rows, tombstones, b"".join(row["record"] for row in records), complete)
             if complete:
                 return
             tombstones += len(records)
@@ -345,12 +345,12 @@ class Tables:
 
     async def members(self) -> list[MemberReport]:
         """The newest reports, without those that can't be read."""
-        found: list[MemberReport] = []
+        reports: list[MemberReport] = []
         for content, age_s in await self._fetch(_MEMBERS):
             with suppress(msgspec.ValidationError, msgspec.DecodeError, UnicodeDecodeError):
                 report = msgspec.json.decode(content, type=MemberReport)
-                found.append(msgspec.structs.replace(report, seen_seconds=max(0.0, age_s)))
-        return found
+                reports.append(msgspec.structs.replace(report, seen_seconds=max(0.0, age_s)))
+        return reports
 
     # --- statements ---------------------------------------------------------------------------------------------------
 

@@ -52,12 +52,12 @@ def run(
     command: Sequence[str],
     *,
     seconds: float,
-    given: memoryview | bytes = b"",
+    stdin: memoryview | bytes = b"",
     into: memoryview | None = None,
     files: tuple[int, ...] = (),
     environ: Mapping[str, str] | None = None,
 ) -> Ended:
-    """Runs `command`, an absolute path and its arguments, with `given` as its standard input. `into`: memory for a
+    """Runs `command`, an absolute path and its arguments, with `stdin` as its standard input. `into`: memory for a
     secret output. `files`: descriptors that the program inherits. Raises AwayError if it does not end within
     `seconds`, or if its output is too long. Then, and after another status than 0, `into` has zeros.
     """
@@ -82,7 +82,7 @@ def run(
     with process:
         try:
             room = memoryview(bytearray(OUTPUT_BYTES_MAX)) if into is None else into
-            count, error_text = _exchange(process, name, memoryview(given), room, deadline)
+            count, error_text = _exchange(process, name, memoryview(stdin), room, deadline)
             is_good = process.wait() == 0
             return Ended(process.returncode, bytes(room[:count]) if into is None else b"", count, error_text)
         finally:

@@ -122,7 +122,7 @@ class Tpm2Wrapper:
             session = work.session(parent, "--hmac-session", "--enable-decrypt")
             policy, public, private = work.file(policy_of(self._pcrs, values)), work.file(), work.file()
             output = ("-L", policy, "-a", _ATTRIBUTE_NAMES, "-u", public, "-r", private)
-            work.run("create", "-Q", "-C", parent, "-P", f"session:{session}", "-i", "-", *output, given=key)
+            work.run("create", "-Q", "-C", parent, "-P", f"session:{session}", "-i", "-", *output, stdin=key)
             blob = bytes([BLOB_VERSION]) + values + work.read(public) + work.read(private)
         parse_blob(blob, self._pcrs)
         return blob
@@ -147,7 +147,7 @@ class Tpm2Wrapper:
             return self._parent
         context = work.file()
         template = ("-G", "ecc256:aes128cfb", "-a", _STORAGE_KEY, "-u", "-", "-c", context)
-        work.run("createprimary", "-Q", "-C", "o", *template, given=bytes(_UNIQUE_BYTES))
+        work.run("createprimary", "-Q", "-C", "o", *template, stdin=bytes(_UNIQUE_BYTES))
         return context
 
     def _values(self, work: _Work) -> bytes:
@@ -226,11 +226,11 @@ class _Work:
         self.run("sessionconfig", use, context)
         return context
 
-    def run(self, tool: str, *arguments: str, given: memoryview | bytes = b"", into: memoryview | None = None) -> int:
+    def run(self, tool: str, *arguments: str, stdin: memoryview | bytes = b"", into: memoryview | None = None) -> int:
         """The number of bytes in `into`. Raises TokenError."""
         command = [programs.find(f"tpm2_{tool}", "tpm2-tools"), "-T", self._tcti, *arguments]
         seconds, files = self._end - time.monotonic(), tuple(self._files.values())
-        ended = programs.run(command, seconds=seconds, given=given, into=into, files=files)
+        ended = programs.run(command, seconds=seconds, stdin=stdin, into=into, files=files)
         if ended.status != 0:
             raise _error(tool, ended.error)
         return ended.output_bytes

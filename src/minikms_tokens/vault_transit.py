@@ -113,9 +113,9 @@ class VaultTransitWrapper:
                 raise AwayError(f"{_WHO} gives an answer of another form")
             return value
         errors = members.get("errors")
-        said = " ".join(text for text in errors if isinstance(text, str)) if isinstance(errors, list) else ""
+        reason = " ".join(text for text in errors if isinstance(text, str)) if isinstance(errors, list) else ""
         for known in REFUSALS.get(status, ()):
-            if known in said:
+            if known in reason:
                 raise UnwrapRefusedError(f"{_WHO} refuses: {known} (status {status})")
         raise AwayError(f"{_WHO} answers with status {status}")
 

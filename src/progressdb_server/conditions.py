@@ -128,7 +128,7 @@ class Look:
             damage = await store.backups.damage_of_newest()
         except StoreUnavailableError as error:
             damage = str(error)
-        found += of_backup(store.backups.newest_ns / 1e9, now_s, damage=damage, made=store.engine.makes_backups)
+        found += of_backup(store.backups.newest_ns / 1e9, now_s, damage=damage, of_server=store.engine.makes_backups)
         try:
             found += of_jobs([job async for job in self.standing()], now_s)
         except StoreUnavailableError:
@@ -149,10 +149,10 @@ class Look:
                 return
 
 
-def of_backup(newest_s: float, now_s: float, *, damage: str, made: bool) -> Iterator[Condition]:
-    """`newest_s`: Unix time, 0 without one, NaN if that can't be read. `made`: this server makes them; otherwise it
-    knows those that somebody has registered."""
-    command = f"progressdb backup {'create' if made else 'register'} NAME"
+def of_backup(newest_s: float, now_s: float, *, damage: str, of_server: bool) -> Iterator[Condition]:
+    """`newest_s`: Unix time, 0 without one, NaN if that can't be read. `of_server`: this server makes backups; otherwise
+    it knows those that somebody has registered."""
+    command = f"progressdb backup {'create' if of_server else 'register'} NAME"
     if math.isnan(newest_s):
         yield state("backups_unknown")
     elif not newest_s:

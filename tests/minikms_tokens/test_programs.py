@@ -24,7 +24,7 @@ def test_a_secret_goes_through_pipes_into_memory_of_the_caller() -> None:
         ended = programs.run(
             sh('cat; echo no >&2; exit "$1"', str(status)),
             seconds=RUN_S_MAX,
-            given=memoryview(KEY),
+            stdin=memoryview(KEY),
             into=memoryview(memory),
         )
         assert ended == (status, b"", 32, b"no\n") and memory == expected
@@ -32,7 +32,7 @@ def test_a_secret_goes_through_pipes_into_memory_of_the_caller() -> None:
 
 def test_a_large_input_and_output_and_errors_do_not_block_each_other() -> None:
     script = f"head -c 200000 /dev/zero >&2; head -c {programs.OUTPUT_BYTES_MAX} /dev/zero; cat >/dev/null"
-    ended = programs.run(sh(script), seconds=RUN_S_MAX, given=bytes(1_000_000))
+    ended = programs.run(sh(script), seconds=RUN_S_MAX, stdin=bytes(1_000_000))
     assert (ended.status, ended.output_bytes, len(ended.error)) == (
         0,
         programs.OUTPUT_BYTES_MAX,
@@ -41,7 +41,7 @@ def test_a_large_input_and_output_and_errors_do_not_block_each_other() -> None:
 
 
 def test_a_program_that_reads_no_input_ends_all_the_same() -> None:
-    assert programs.run(sh("exit 0"), seconds=RUN_S_MAX, given=bytes(1_000_000)).status == 0
+    assert programs.run(sh("exit 0"), seconds=RUN_S_MAX, stdin=bytes(1_000_000)).status == 0
 
 
 def test_a_program_has_an_environment_and_a_directory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ NOW_S = 1_800_000_000.0
     ],
 )
 def test_a_backup_is_well_only_if_it_was_looked_at(newest_s: float, damage: str, made: bool, name: str) -> None:
-    found = list(of_backup(newest_s, NOW_S, damage=damage, made=made))
+    found = list(of_backup(newest_s, NOW_S, damage=damage, of_server=made))
     assert [one.name for one in found] == ([name] if name else [])
     if name.startswith("backup_"):
         assert found[0].action == f"progressdb backup {'create' if made else 'register'} NAME"

@@ -121,8 +121,8 @@ def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: Aud
     line of the former log that the audit key comes after. Returns the fingerprints of the removed root keys.
     """
     body = unlocked.body
-    gone = root_slots.removed_by(body, later.body)
-    if not gone and {slot.fingerprint for slot in body.slots} == {slot.fingerprint for slot in later.body.slots}:
+    removed = root_slots.removed_by(body, later.body)
+    if not removed and {slot.fingerprint for slot in body.slots} == {slot.fingerprint for slot in later.body.slots}:
         return []
     resealed = unlocked.make_resealed_for(later, fill_random)
     sig = None if last is None else decode_exact(last.sig, keyring.HEAD_BYTES)
@@ -138,7 +138,7 @@ def _take_root_keys(unlocked: UnlockedKeyring, later: UnlockedKeyring, last: Aud
     unlocked.body = with_slots_of(body, later.body, resealed, audit_key)
     unlocked.settle()
     opened_it = {slot.fingerprint for slot in body.slots}
-    return [root.fingerprint for root in gone if root.fingerprint in opened_it]
+    return [root.fingerprint for root in removed if root.fingerprint in opened_it]
 
 
 def _write_files(path: str, good: VerifiedArchive, task: Task, target: Target) -> int:

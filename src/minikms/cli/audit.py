@@ -218,7 +218,7 @@ def verify(
     from minikms.datadir import audit_keys, open_for_reading
 
     def judge(trust: Trust) -> VerificationReport:
-        with progress_bar("Verifying", shown=not json, in_bytes=True) as progress:
+        with progress_bar("Verifying", visible=not json, in_bytes=True) as progress:
             return verify_directory(
                 log_directory(directory), trust, expect_head=head, from_checkpoint=from_checkpoint, progress=progress
             )

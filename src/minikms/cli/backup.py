@@ -200,11 +200,11 @@ def restore(
         newer = None
         if newer_keyring is not None:
             newer = stack.enter_context(_newer_keyring(newer_keyring, newer_source, directory, task))
-        with progress_bar("opening keys", shown=not json) as progress:
+        with progress_bar("opening keys", visible=not json) as progress:
             good = verify_archive(str(archive), task._replace(progress=progress))
         if newer is None:
             _confirm_return(good.retired, yes=yes)
-        task = task._replace(progress=stack.enter_context(progress_bar("restoring keys", shown=not json)))
+        task = task._replace(progress=stack.enter_context(progress_bar("restoring keys", visible=not json)))
         with DataDirLock(directory) as lock, task.open_keyring(good.keyring) as unlocked:
             restoring.check_empty(lock.directory_fd, directory)
             log_dir = claim_log_directory(lock, audit_dir, empty=True)
@@ -338,7 +338,7 @@ def _task(root: RootProvider, what: str, *, bar: bool) -> Iterator[Task]:
     from minikms.archives.create import Task
     from minikms.datadir import opened_keyring, opened_root
 
-    with opened_root(root) as (arena, key), progress_bar(what, shown=bar) as progress:
+    with opened_root(root) as (arena, key), progress_bar(what, visible=bar) as progress:
         yield Task(arena, key, lambda data: opened_keyring(arena, key, data), progress)
 
 

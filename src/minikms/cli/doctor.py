@@ -176,8 +176,8 @@ class _DirectoryEntry:
 
 def _walk(directory: str) -> Iterator[tuple[str, _DirectoryEntry]]:
     yield directory, _DirectoryEntry(os.path.basename(directory), os.lstat(directory))
-    kept = os.path.join(directory, rotation_backups.DIRECTORY)
-    stamps = rotation_backups.list_stamps(kept) if os.path.isdir(kept) else []
+    backups = os.path.join(directory, rotation_backups.DIRECTORY)
+    stamps = rotation_backups.list_stamps(backups) if os.path.isdir(backups) else []
     batches = [os.path.join(rotation_backups.DIRECTORY, stamp) for stamp in stamps]
     for place in ("", deks.DIRECTORY, rotation_backups.DIRECTORY, *batches):
         try:
@@ -357,8 +357,8 @@ def _keys(
             yield problem("keys", str(error), 'the runbook, "One key file is damaged"')
             return
         # The next start removes the files of destroyed keys.
-        kept = (key_id for key_id in key_ids if dek.key_id_to_bytes(key_id) not in destroyed)
-        judged = _judged(settled.each(kept), body, arena, unlocked)
+        present = (key_id for key_id in key_ids if dek.key_id_to_bytes(key_id) not in destroyed)
+        judged = _judged(settled.each(present), body, arena, unlocked)
         for number, (key_id, _, record) in enumerate(judged, 1):
             progress(number, len(key_ids))
             if isinstance(record, KmsRefusedError):
@@ -493,7 +493,7 @@ def doctor(
     if directory is not None:
         directory = chosen_data_dir(directory)
         root = root_key.provider(directory)
-        with progress_bar("reading keys", shown=not json) as progress:
+        with progress_bar("reading keys", visible=not json) as progress:
             found += examine(directory, root, now=time.time(), progress=progress)
     found += machine()
     if path is not None:

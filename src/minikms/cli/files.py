@@ -134,7 +134,7 @@ def _reading(source: str) -> Iterator[StreamSource]:
 @contextmanager
 def _progress(file: BinaryIO, source: str) -> Iterator[StreamSource]:
     status = os.fstat(file.fileno())
-    with progress_bar(Path(source).name, shown=stat.S_ISREG(status.st_mode), in_bytes=True) as report:
+    with progress_bar(Path(source).name, visible=stat.S_ISREG(status.st_mode), in_bytes=True) as report:
         yield _Reported(file, lambda done: report(done, status.st_size))
 
 

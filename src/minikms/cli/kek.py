@@ -66,13 +66,13 @@ def rotate_kek(
         count = sum(before.keys.by_state.values())
         what = "Change the root key, rotate the KEK" if text else "Rotate the KEK"
         confirm(f"{what} and rewrap {counted(count, 'key')}? The daemon goes on serving.", yes=yes)
-        begun = kms.rotate_kek(new_kek_hex=text, wait=False, priority=priority)
-        after = _wait(kms, begun.kek_version, bar=not json)
+        rotation = kms.rotate_kek(new_kek_hex=text, wait=False, priority=priority)
+        after = _wait(kms, rotation.kek_version, bar=not json)
         active = [root for root in kms.list_roots().roots if root.state == "active"]
     unreadable = after.keys.unreadable
-    rewrapped = begun.rewrapped if begun.status == "ok" else sum(after.keys.by_state.values())
-    page = {"status": "ok", "kek_version": begun.kek_version, "rewrapped": rewrapped, "unreadable": unreadable}
-    print_result(page, _done_lines(begun.kek_version, active, new_file=new_master_key_file), json=json)
+    rewrapped = rotation.rewrapped if rotation.status == "ok" else sum(after.keys.by_state.values())
+    page = {"status": "ok", "kek_version": rotation.kek_version, "rewrapped": rewrapped, "unreadable": unreadable}
+    print_result(page, _done_lines(rotation.kek_version, active, new_file=new_master_key_file), json=json)
     if unreadable:
         complain(
             f"{unreadable} key files can't be read and stay under an older KEK, which is kept for them: "
@@ -105,7 +105,7 @@ def _wait(kms: Client, version: int, *, bar: bool) -> api.StatusAnswer:
 
     Raises CommandError when an older KEK is active then.
     """
-    with progress_bar("rewrapping", shown=bar) as progress:
+    with progress_bar("rewrapping", visible=bar) as progress:
         while (rotation := (status := kms.status()).rotation) is not None:
             if rotation.last_error and sys.stderr.isatty():
                 print(f"the daemon tries again after: {rotation.last_error}", file=sys.stderr)
@@ -166,7 +166,7 @@ def prune(
     """
     with daemon.client() as kms:
         confirm("Destroy the retired KEKs that nothing in the data directory needs?", yes=yes)
-        with progress_bar("reading keys", shown=not json) as progress, daemon.client() as other:
+        with progress_bar("reading keys", visible=not json) as progress, daemon.client() as other:
             ended = threading.Event()
             reporting = threading.Thread(target=_report, args=(other, progress, ended))
             if sys.stderr.isatty():

@@ -147,24 +147,24 @@ def destroy(
     if len(key_ids) == 1:
         _destroy_one(key_ids[0], daemon, yes=yes, json=json)
         return EXIT_GOOD
-    chosen = list(dict.fromkeys(key_ids))
+    keys = list(dict.fromkeys(key_ids))
     made_before = None if older_than is None else time.time() - _age_seconds(older_than)
     with daemon.client() as kms:
         if by_filter:
-            chosen = _retired_keys(kms, thread, made_before)
-            if not chosen and thread is not None and older_than is None:
+            keys = _retired_keys(kms, thread, made_before)
+            if not keys and thread is not None and older_than is None:
                 _refuse_active(kms, thread)
         else:
             kms.health()  # ends the command if the daemon is away or is another user's, before anything is destroyed
-    if chosen:
+    if keys:
         confirm(
-            f"Destroy {len(chosen):,} retired keys? What they encrypted can never be read again.",
-            number=len(chosen),
+            f"Destroy {len(keys):,} retired keys? What they encrypted can never be read again.",
+            number=len(keys),
             yes=yes,
         )
     outcome = _Outcome([], [], [])
     try:
-        _destroy_all(chosen, outcome, daemon, bar=not json)
+        _destroy_all(keys, outcome, daemon, bar=not json)
     finally:
         _print_outcome(outcome, json=json)
     return EXIT_FAILED if outcome.failed or outcome.not_tried else EXIT_GOOD
@@ -222,14 +222,14 @@ def _age_seconds(text: str) -> int:
 
 def _retired_keys(kms: Client, thread: str | None, made_before: float | None) -> list[str]:
     """The ids of all retired keys, or of those that were chosen. Raises CommandError while some may be missing."""
-    chosen: list[str] = []
+    keys: list[str] = []
     for page in _pages(kms, thread, "retired", 0):
         if page.indexing:
             raise CommandError("the daemon has just started and is still reading files; try again soon", EXIT_FAILED)
         for key in page.keys:
             if made_before is None or datetime.fromisoformat(key.created_at).timestamp() < made_before:
-                chosen.append(key.key_id)
-    return chosen
+                keys.append(key.key_id)
+    return keys
 
 
 def _destroy_all(key_ids: Sequence[str], outcome: _Outcome, daemon: DaemonFlags, *, bar: bool) -> None:
@@ -268,7 +268,7 @@ def _destroy_all(key_ids: Sequence[str], outcome: _Outcome, daemon: DaemonFlags,
         ) as client:
             await asyncio.gather(*(work(client) for _ in range(min(DESTROYED_AT_ONCE, len(key_ids)))))
 
-    with progress_bar("destroying keys", shown=bar) as progress:
+    with progress_bar("destroying keys", visible=bar) as progress:
         asyncio.run(destroy_all())
 
 

@@ -208,11 +208,11 @@ def remove(
         confirm(f"Remove the host {what}? Its root key can't be added again.", yes=yes)
         removed = kms.remove_replica(host if member is None else member.member_id)
     if removed.fingerprint:
-        said = f"Removed {removed.name}. Its root key {removed.fingerprint} opens no later keyring."
+        text = f"Removed {removed.name}. Its root key {removed.fingerprint} opens no later keyring."
     else:
-        said = f"Removed {removed.name}. The root key that it joined with was removed before: look for a later one."
+        text = f"Removed {removed.name}. The root key that it joined with was removed before: look for a later one."
     lines = (
-        said,
+        text,
         "The KEK is being rotated: minikms root list shows when that has ended, and the root keys that are left.",
         "Next: stop that host's daemon and minikms-replicator, and take its account in the database away.",
     )

@@ -41,12 +41,12 @@ def split(address: str | os.PathLike[str]) -> Sequence[str | os.PathLike[str]]:
     """The addresses between the commas of a text; a path object is one. Raises ValueError."""
     if not isinstance(address, str) or "," not in address:
         return (address,)
-    found = [each.strip() for each in address.split(",")]
-    if len(found) > ADDRESSES_COUNT_MAX or len(set(found)) < len(found):
+    parts = [each.strip() for each in address.split(",")]
+    if len(parts) > ADDRESSES_COUNT_MAX or len(set(parts)) < len(parts):
         raise ValueError(f"several addresses are at most {ADDRESSES_COUNT_MAX}, each given once")
-    if len({"://" in each for each in found}) > 1:
+    if len({"://" in each for each in parts}) > 1:
         raise ValueError("several addresses are all paths of sockets, or all URLs")
-    return found
+    return parts
 
 
 class Addresses:
@@ -59,9 +59,9 @@ class Addresses:
 
     @property
     def warnings(self) -> Sequence[str]:
-        found = [text for endpoint in self.endpoints for text in endpoint.warnings]
-        found += [text for endpoint, text in list(self._untrusted.items()) if endpoint is not self.first]
-        return list(dict.fromkeys(found))  # the same files serve all
+        texts = [text for endpoint in self.endpoints for text in endpoint.warnings]
+        texts += [text for endpoint, text in list(self._untrusted.items()) if endpoint is not self.first]
+        return list(dict.fromkeys(texts))  # the same files serve all
 
     def leave(self, endpoint: Endpoint, error: KmsError) -> bool:
         """Whether the error means that this address does not serve. Then no further call begins there."""
@@ -112,18 +112,18 @@ class Rounds(Attempts):
             return super().pause_s(error, now_s)
         if not self.is_harmless(error):
             return None
-        kept = self._reasons[self.endpoint] = copy.copy(error)  # without a traceback: it leads to this object
-        kept.__cause__ = copy.copy(error.__cause__)
+        reason = self._reasons[self.endpoint] = copy.copy(error)  # without a traceback: it leads to this object
+        reason.__cause__ = copy.copy(error.__cause__)
         self._untried.remove(self.endpoint)
-        shown = min(self._reasons.values(), key=self._rank)
+        likeliest = min(self._reasons.values(), key=self._rank)
         pause_s = 0.0
         if not self._untried:
             self._untried = list(self._addresses.endpoints)
-            until_s = self._full_until_s if isinstance(shown, StandbyError) else self._until_s
-            waits = super().is_harmless(shown) and until_s > now_s
+            until_s = self._full_until_s if isinstance(likeliest, StandbyError) else self._until_s
+            waits = super().is_harmless(likeliest) and until_s > now_s
             pause_s = self.random_pause_s(until_s - now_s) if waits else math.inf
         if now_s + pause_s >= self._last_s:
-            raise self._all_refused(shown)
+            raise self._all_refused(likeliest)
         self._now_s = now_s + pause_s
         self.timeout_s = min(self.timeout_s, self._ends_s - self._now_s)
         first = self._addresses.first
@@ -136,12 +136,12 @@ class Rounds(Attempts):
             return isinstance(error, StandbyError)
         return 2 if super().is_harmless(error) else 3
 
-    def _all_refused(self, shown: KmsError) -> KmsError:
+    def _all_refused(self, likeliest: KmsError) -> KmsError:
         reasons = []
         for endpoint, error in self._reasons.items():
             reason = str(error).partition(". ")[0][:REASON_CHARS_MAX]  # without advice for this address alone
             reasons.append(reason if endpoint.address in reason else f"{endpoint.address}: {reason}")
-        shown.args = (f"no address of the key service serves: {'; '.join(reasons)}", *shown.args[1:])
-        if isinstance(shown, KmsUnavailableError):
-            shown.sent = any(getattr(error, "sent", False) for error in self._reasons.values())
-        return shown
+        likeliest.args = (f"no address of the key service serves: {'; '.join(reasons)}", *likeliest.args[1:])
+        if isinstance(likeliest, KmsUnavailableError):
+            likeliest.sent = any(getattr(error, "sent", False) for error in self._reasons.values())
+        return likeliest

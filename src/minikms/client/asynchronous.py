@@ -143,19 +143,19 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
 
     async def _run_many(self, many: Many[T]) -> list[T]:
         """The outcomes of all items in order, from a few calls at once."""
-        found: list[T] = []
+        outcomes: list[T] = []
         # Without the task that is awaited: its error's traceback leads to this frame, which must not lead to the error.
         running: deque[asyncio.Task[list[T]]] = deque()
         try:
             for one in many.split(CHUNK_ITEMS_MAX):
                 if len(running) == CHUNKS_AT_ONCE_MAX:
-                    found += await running.popleft()
+                    outcomes += await running.popleft()
                 running.append(asyncio.create_task(self._run_one(one)))
             while running:
-                found += await running.popleft()
+                outcomes += await running.popleft()
         finally:  # after a failure the others are not needed
             await _cancel(running)
-        return found
+        return outcomes
 
     async def _acquire(self, slots: asyncio.Semaphore) -> None:
         try:

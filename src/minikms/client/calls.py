@@ -337,16 +337,16 @@ def _refused(value: bytes | UnsetType, error: str | UnsetType, code: str | Unset
 
 def check_outcomes(answer: api.CheckBatchAnswer, count: int) -> list[CheckOutcome]:
     """None or the error of each item. Raises KmsProtocolError unless each of `count` items is accounted for once."""
-    found: list[CheckOutcome] = [None] * count
+    outcomes: list[CheckOutcome] = [None] * count
     after = -1
     for refused in answer.refused:
         if not after < refused.item < count:
             raise KmsProtocolError(f"the key service refused item {refused.item} of {count} after item {after}")
         after = refused.item
-        found[after] = refusal(refused.code, refused.error)
+        outcomes[after] = refusal(refused.code, refused.error)
     if answer.opened + len(answer.refused) != count:
         raise KmsProtocolError(f"the key service answered other than {count} items")
-    return found
+    return outcomes
 
 
 def macs(answer: api.MacAnswer, count: int) -> list[bytes]:

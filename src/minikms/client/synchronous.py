@@ -155,8 +155,8 @@ class Client(BaseClient, Verbs, BlockingRunner):
                     raise KmsClosedError("the client is closed")
                 if not self._idle:
                     break
-                since_s, sock, kept = self._idle.pop()
-            is_fresh = kept is endpoint and since_s >= fresh_s
+                since_s, sock, connection = self._idle.pop()
+            is_fresh = connection is endpoint and since_s >= fresh_s
             if is_fresh and not _has_input(sock) and (not self._proxied or endpoint.is_current(sock)):
                 return sock
             sock.close()

@@ -130,15 +130,15 @@ class TlsEndpoint(Endpoint):
         return self._origin
 
     def _take_up_files(self) -> ssl.SSLContext:
-        found = [_signature(path) for path in (self._ca, *(self._pair or ()))]
-        if found != self._read or (self._cert_trouble and time.monotonic() >= self._again_s):
+        signatures = [_signature(path) for path in (self._ca, *(self._pair or ()))]
+        if signatures != self._read or (self._cert_trouble and time.monotonic() >= self._again_s):
             try:
                 self._context = self._new_context()
                 self._cert_trouble = ""
             except _UnusableFileError as error:
                 self._cert_trouble = str(error)
                 self._again_s = time.monotonic() + AGAIN_S
-            self._read = found  # last: another thread must not take the earlier context for that of these files
+            self._read = signatures  # last: another thread must not take the earlier context for that of these files
         if self._context is None:
             raise KmsCredentialsError(self._cert_trouble)
         return self._context
@@ -187,8 +187,8 @@ class TlsEndpoint(Endpoint):
         )
 
     def _take_up_token(self, path: str) -> None:
-        found = _signature(path)
-        if found == self._token_read and self._origin and not self._token_trouble:
+        signature = _signature(path)
+        if signature == self._token_read and self._origin and not self._token_trouble:
             return
         try:
             self._origin = self._host_lines + b"Authorization: Bearer " + _token(path) + b"\r\n"
@@ -197,7 +197,7 @@ class TlsEndpoint(Endpoint):
             self._token_trouble = str(error)
             if not self._origin:
                 raise KmsCredentialsError(self._token_trouble) from None
-        self._token_read = found  # last, as above
+        self._token_read = signature  # last, as above
 
     # --- connections -------------------------------------------------------------------------------------------------
 
@@ -337,16 +337,16 @@ def parse_url(url: str) -> tuple[str, int]:
 def _signature(path: str) -> _Signature | None:
     """Status of a file that changes when it is replaced or written; None if there is none."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _check_size(path: str, bytes_max: int) -> None:
     """Checks the size of a file that OpenSSL reads. Raises ValueError, OSError."""
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode) or found.st_size > bytes_max:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode) or status.st_size > bytes_max:
         raise ValueError(f"not a regular file of at most {bytes_max} bytes")
 
 

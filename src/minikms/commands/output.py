@@ -153,8 +153,8 @@ class Progress(Protocol):
 
 
 @contextmanager
-def progress_bar(what: str, *, shown: bool, in_bytes: bool = False) -> Iterator[Progress]:
-    """A bar on standard error, if it is `shown` and that is a terminal."""
+def progress_bar(what: str, *, visible: bool, in_bytes: bool = False) -> Iterator[Progress]:
+    """A bar on standard error, if it is `visible` and that is a terminal."""
     from rich import progress
 
     console = terminal(errors=True)
@@ -163,7 +163,7 @@ def progress_bar(what: str, *, shown: bool, in_bytes: bool = False) -> Iterator[
     )
     name = progress.TextColumn("{task.description}", markup=False)
     columns = (name, progress.BarColumn(), *counts, progress.TimeRemainingColumn())
-    disable = not (shown and console.is_terminal)
+    disable = not (visible and console.is_terminal)
     with progress.Progress(*columns, console=console, disable=disable, transient=True) as bar:
         task, due = bar.add_task(what, total=None), 0.0
 

@@ -132,7 +132,7 @@ class DekStore:
 
     def read_many(self, key_ids: Iterable[str]) -> list[tuple[str, bytes | KmsRefusedError]]:
         """The content of each key's file, or the error of `read`. For a worker thread."""
-        found: list[tuple[str, bytes | KmsRefusedError]] = []
+        outcomes: list[tuple[str, bytes | KmsRefusedError]] = []
         remaining = iter(key_ids)
         while part := list(itertools.islice(remaining, READ_AHEAD_FILES)):
             answers = self._answers
@@ -140,13 +140,13 @@ class DekStore:
             settled = self._answers is answers  # else the files may have been written while they were read
             for key_id, content in zip(part, contents, strict=True):
                 if content is not None and settled and key_id not in answers:
-                    found.append((key_id, content))
+                    outcomes.append((key_id, content))
                     continue
                 try:
-                    found.append((key_id, self.read(key_id)))
+                    outcomes.append((key_id, self.read(key_id)))
                 except KmsRefusedError as error:
-                    found.append((key_id, error.with_traceback(None)))  # this frame has the list: a reference cycle
-        return found
+                    outcomes.append((key_id, error.with_traceback(None)))  # this frame has the list: a reference cycle
+        return outcomes
 
     def remove(self, *locks: HeldKeys) -> None:
         """Removes the files of the keys with these locks, durably, where they exist. Blocks on the disk. Raises

@@ -150,13 +150,13 @@ class Following:
         state = self._state(head, body, mark)
         stones = await self._stones(request, body)
         files = await self._files(request, body, {key for staged in stones for key in _ids_of(staged)})
-        gone = await self.present([key for staged in stones for key in _ids_of(staged)])
-        gone = {key: content for key, content in gone.items() if content and key not in self._vault.destroyed}
+        destroyed = await self.present([key for staged in stones for key in _ids_of(staged)])
+        destroyed = {key: content for key, content in destroyed.items() if content and key not in self._vault.destroyed}
         olds = {file.record.id: file.present for file in files if file.present}
         entries = before.changed(
-            added=len(files) - len(olds) - len(gone),
+            added=len(files) - len(olds) - len(destroyed),
             new=self._terms({file.record.id: file.content for file in files}),
-            old=self._terms(olds) + self._terms(gone),
+            old=self._terms(olds) + self._terms(destroyed),
         )
         if request.complete:
             self._check_tombstones(stones, body)
@@ -224,14 +224,14 @@ class Following:
         if (chain.count, chain.head) != (log.count, log.head):
             raise ReplicaForkedError("the tombstones of the database are not those that its keyring counts")
 
-    async def _files(self, request: api.ReplicaFollowRequest, body: Body, gone: Container[str]) -> list[_File]:
+    async def _files(self, request: api.ReplicaFollowRequest, body: Body, destroyed: Container[str]) -> list[_File]:
         """The files that are not here as they are. Raises ReplicaForkedError for one that does not unwrap, and
         ReplicaRolledBackError for one that is older than that of this host.
         """
         contents = {
             check_key_id(file.key_id): decode_canonical(file.content, FILE_BYTES, "a file")
             for file in request.files
-            if file.key_id not in gone and file.key_id not in self._vault.destroyed
+            if file.key_id not in destroyed and file.key_id not in self._vault.destroyed
         }
         try:
             records = await self.verified(contents)

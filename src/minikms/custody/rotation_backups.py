@@ -135,10 +135,10 @@ class RotationBackups:
             if not files:  # the process that made the directory may have been killed before it synced
                 sync_directory(self.directory)
             with self._opened(stamp) as descriptor:
-                taken = set(os.listdir(descriptor))
+                names = set(os.listdir(descriptor))
                 for number in range(SAME_NAME_MAX):
                     to = f"{first}-{last}.journal" if number == 0 else f"{first}-{last}.{number}.journal"
-                    if to not in taken:
+                    if to not in names:
                         break
                 else:
                     raise StorageUnavailableError(f"a batch of keys has {SAME_NAME_MAX} backups with the same stamp")

@@ -381,21 +381,21 @@ class Vault(UnlimitedCaller):
         reason that does not come from one backup.
         """
         backups = self.rotation_backups
-        found = FoundRecords({}, {})
+        records = FoundRecords({}, {})
 
         def jobs() -> Iterator[bool]:
             self._sweep_temps()
             self.journal.forget(())  # a journal that could not be written refuses
             for number, within in enumerate(backups.files_of(key_ids), 1):
                 try:
-                    found.files[within.file] = backups.find(within)
+                    records.files[within.file] = backups.find(within)
                 except StorageUnavailableError as error:
-                    found.unreadable.update(dict.fromkeys(within.key_ids, error.with_traceback(None)))
+                    records.unreadable.update(dict.fromkeys(within.key_ids, error.with_traceback(None)))
                 if number % BLANK_FILES_MAX == 0:
                     yield True
 
         await self._in_short_jobs(jobs())
-        return found
+        return records
 
     async def remove_files(
         self, locks: Sequence[HeldKeys], repeated: Container[str], within: FoundRecords | None = None

@@ -151,15 +151,15 @@ class SecretArena:
                     zero(view)
         else:
             zero(self._root)
-        taken = set(lent)
+        slots = set(lent)
         for index, view in self._live.items():
             if index not in lent:
                 try:
                     view.release()
                 except BufferError:  # a running call holds it: its slot is never allocated again
-                    taken.add(index)
+                    slots.add(index)
         self._live = lent
-        self._free = [index for index in range(self._slots - 1, -1, -1) if index not in taken]
+        self._free = [index for index in range(self._slots - 1, -1, -1) if index not in slots]
 
     def close(self) -> None:
         """Zero every slot, and make every view of a slot raise. Idempotent. It does nothing in a forked child.

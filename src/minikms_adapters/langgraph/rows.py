@@ -92,8 +92,8 @@ class Spot(NamedTuple):
     @classmethod
     def of(cls, config: RunnableConfig, **others: str) -> Spot:
         """The ids of a config. `others` take the place of the config's own."""
-        given = {**config["configurable"], **others}
-        return cls(str(given["thread_id"]), given.get("checkpoint_ns", ""), str(given.get("checkpoint_id")))
+        ids = {**config["configurable"], **others}
+        return cls(str(ids["thread_id"]), ids.get("checkpoint_ns", ""), str(ids.get("checkpoint_id")))
 
     @property
     def config(self) -> RunnableConfig:
@@ -123,35 +123,35 @@ def config_of(thread_id: str, namespace: str, checkpoint_id: str | None) -> Runn
 
 def inner_config(config: RunnableConfig) -> RunnableConfig:
     """The ids alone: a saver stores other members of a config, which may hold what a user typed."""
-    given = config["configurable"]
-    named = {name: given[name] for name in ("checkpoint_ns", "checkpoint_id") if given.get(name) is not None}
-    return {"configurable": {"thread_id": str(given["thread_id"]), **named}}
+    ids = config["configurable"]
+    optional = {name: ids[name] for name in ("checkpoint_ns", "checkpoint_id") if ids.get(name) is not None}
+    return {"configurable": {"thread_id": str(ids["thread_id"]), **optional}}
 
 
-def check_asked(asked: RunnableConfig | None, found: CheckpointTuple) -> None:
-    """Checks that a row is of the thread, namespace and checkpoint of `asked`, an `inner_config`. Raises
+def check_asked(wanted: RunnableConfig | None, row: CheckpointTuple) -> None:
+    """Checks that a row is of the thread, namespace and checkpoint of `wanted`, an `inner_config`. Raises
     WrongPlaceError.
     """
-    given = found.config["configurable"]
-    for name, value in asked["configurable"].items() if asked else ():
-        if str(given.get(name)) != str(value):
-            raise WrongPlaceError(Spot.of(found.config).head().record)
+    ids = row.config["configurable"]
+    for name, value in wanted["configurable"].items() if wanted else ():
+        if str(ids.get(name)) != str(value):
+            raise WrongPlaceError(Spot.of(row.config).head().record)
 
 
-def records_of(spot: Spot, found: CheckpointTuple) -> list[tuple[Place, object]]:
+def records_of(spot: Spot, row: CheckpointTuple) -> list[tuple[Place, object]]:
     """The records of a stored checkpoint with their places: head, values, writes."""
-    versions = found.checkpoint["channel_versions"]
-    values = found.checkpoint["channel_values"].items()
+    versions = row.checkpoint["channel_versions"]
+    values = row.checkpoint["channel_values"].items()
     return [
-        (spot.head(), head_of(found)),
+        (spot.head(), head_of(row)),
         *(
             (spot.value(name, versions.get(name)), v.value if isinstance(v, _DeltaSnapshot) else v)
             for name, v in values
         ),
-        *((spot.write(task_id, channel), value) for task_id, channel, value in found.pending_writes or ()),
+        *((spot.write(task_id, channel), value) for task_id, channel, value in row.pending_writes or ()),
     ]
 
 
-def head_of(found: CheckpointTuple) -> object:
+def head_of(row: CheckpointTuple) -> object:
     """The record of a head, which is a member of the metadata, or what is there in its place."""
-    return from_json({JSON_FIELD: found.metadata.get(JSON_FIELD)})
+    return from_json({JSON_FIELD: row.metadata.get(JSON_FIELD)})

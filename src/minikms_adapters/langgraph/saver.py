@@ -143,11 +143,11 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
     ) -> Steps[RunnableConfig]:
         spot = Spot.of(config, checkpoint_id=checkpoint["id"])
         metadata = get_checkpoint_metadata(config, metadata)
-        made = Opened(CheckpointTuple(spot.config, checkpoint, metadata), [], get_checkpoint_id(config))
-        before = {**(metadata.get("parents") or {}), spot.namespace: made.parent}
-        records = yield from self._seal_after(spot, before, self._contents(spot, made))
+        opened = Opened(CheckpointTuple(spot.config, checkpoint, metadata), [], get_checkpoint_id(config))
+        before = {**(metadata.get("parents") or {}), spot.namespace: opened.parent}
+        records = yield from self._seal_after(spot, before, self._contents(spot, opened))
         self._remember(spot, records[0])
-        yield self._ask_put(spot, made, new_versions, iter(records))
+        yield self._ask_put(spot, opened, new_versions, iter(records))
         return spot.config
 
     put, aput = both(_put)
@@ -189,7 +189,7 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         return [
             (spot.head(), self._dump(head)),
             *((spot.value(channel, versions.get(channel)), self._dump(value)) for channel, value in values.items()),
-            *(each for task, made in opened.tasks() for each in self._contents_of_writes(spot, made, *task)),
+            *(each for task, writes in opened.tasks() for each in self._contents_of_writes(spot, writes, *task)),
         ]
 
     def _ask_put(self, stored_at: Spot, opened: Opened, versions: ChannelVersions, records: Iterator[bytes]) -> Step:
@@ -226,42 +226,42 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
     # --- reading ---
 
     def _get_tuple(self, config: RunnableConfig) -> Steps[CheckpointTuple | None]:
-        found = yield from self._row(config)
-        if found is None:
+        row = yield from self._row(config)
+        if row is None:
             return None
-        [opened] = yield from self._open([found])
-        self._remember(Spot.of(opened.found.config), cast("bytes", head_of(found)))
+        [opened] = yield from self._open([row])
+        self._remember(Spot.of(opened.found.config), cast("bytes", head_of(row)))
         return opened.found
 
     get_tuple, aget_tuple = both(_get_tuple)
 
     def _row(self, config: RunnableConfig, of: object = None) -> Steps[CheckpointTuple | None]:
         """The stored checkpoint of a config. `of`: the saver that reads it."""
-        asked = inner_config(config)
-        with malformed(f"thread {asked['configurable']['thread_id']}"):
-            found: CheckpointTuple | None = yield ask_inner("get_tuple", asked)._replace(of=of)
-            if found is not None:
-                check_asked(asked, found)
-        return found
+        inner = inner_config(config)
+        with malformed(f"thread {inner['configurable']['thread_id']}"):
+            row: CheckpointTuple | None = yield ask_inner("get_tuple", inner)._replace(of=of)
+            if row is not None:
+                check_asked(inner, row)
+        return row
 
     def _open(self, stored: Sequence[CheckpointTuple], thread_id: str | None = None) -> Steps[list[Opened]]:
         """All records of these checkpoints, with one batch. `thread_id`: their thread, if they are staged."""
         others = {} if thread_id is None else {"thread_id": thread_id}
-        spots = [Spot.of(found.config, **others) for found in stored]
+        spots = [Spot.of(row.config, **others) for row in stored]
         records: list[tuple[Place, object]] = []
-        for spot, found in zip(spots, stored, strict=True):
+        for spot, row in zip(spots, stored, strict=True):
             with malformed(spot.head().record):
-                records += records_of(spot, found)
+                records += records_of(spot, row)
         plaintexts = iter((yield from self._sealer.open(records)))
-        return [self._opened(spot, found, plaintexts) for spot, found in zip(spots, stored, strict=True)]
+        return [self._opened(spot, row, plaintexts) for spot, row in zip(spots, stored, strict=True)]
 
-    def _opened(self, spot: Spot, found: CheckpointTuple, plaintexts: Iterator[bytes]) -> Opened:
+    def _opened(self, spot: Spot, row: CheckpointTuple, plaintexts: Iterator[bytes]) -> Opened:
         (head,) = self._load(next(plaintexts))
-        self._check_head(spot, found, head)
-        values = {channel: self._load(next(plaintexts))[0] for channel in found.checkpoint["channel_values"]}
+        self._check_head(spot, row, head)
+        values = {channel: self._load(next(plaintexts))[0] for channel in row.checkpoint["channel_values"]}
         writes = [
             ChannelWrite(task_id, channel, *self._load(next(plaintexts)))
-            for task_id, channel, _ in found.pending_writes or ()
+            for task_id, channel, _ in row.pending_writes or ()
         ]
         writes.sort(key=lambda write: writes_sort_key(write.task_path, write.task_id, write.position))
         if len({(write.task_id, write.position) for write in writes}) < len(writes):
@@ -272,20 +272,20 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
                 config=spot.config,
                 checkpoint=cast("Checkpoint", {**head["header"], "channel_values": ordered}),
                 metadata=head["metadata"],
-                parent_config=found.parent_config and config_of(spot.thread_id, spot.namespace, head["parent"]),
+                parent_config=row.parent_config and config_of(spot.thread_id, spot.namespace, head["parent"]),
                 pending_writes=[(write.task_id, write.channel, write.value) for write in writes],
             ),
             writes,
             head["parent"],
         )
 
-    def _check_head(self, spot: Spot, found: CheckpointTuple, head: Mapping[str, Any]) -> None:
+    def _check_head(self, spot: Spot, row: CheckpointTuple, head: Mapping[str, Any]) -> None:
         """Checks that the stored row has the id, parent, channels, versions and plain metadata that the head has.
         Raises WrongPlaceError.
         """
-        stored, versions = found.checkpoint, head["header"]["channel_versions"]
-        parent = get_checkpoint_id(found.parent_config) if found.parent_config else head["parent"]
-        plain, stored_plain = self._plain_of(head["metadata"]), self._plain_of(found.metadata)
+        stored, versions = row.checkpoint, head["header"]["channel_versions"]
+        parent = get_checkpoint_id(row.parent_config) if row.parent_config else head["parent"]
+        plain, stored_plain = self._plain_of(head["metadata"]), self._plain_of(row.metadata)
         if (
             not stored.get("id") == spot.checkpoint_id == head["header"]["id"]
             or parent != head["parent"]
@@ -307,19 +307,19 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
             return {}
         chain: dict[str | None, CheckpointTuple] = {}
         missing = set(channels)
-        found = yield from self._row(config)
-        if found is not None:
-            chain[get_checkpoint_id(found.config)] = found
-        while found is not None and found.parent_config is not None and missing:
-            spot = Spot.of(found.config, checkpoint_id=str(get_checkpoint_id(found.parent_config)))
+        row = yield from self._row(config)
+        if row is not None:
+            chain[get_checkpoint_id(row.config)] = row
+        while row is not None and row.parent_config is not None and missing:
+            spot = Spot.of(row.config, checkpoint_id=str(get_checkpoint_id(row.parent_config)))
             if spot.checkpoint_id in chain:
                 break  # a cycle: a program put a checkpoint twice, or the database was altered
-            found = yield from self._row(spot.config)
-            if found is None:
+            row = yield from self._row(spot.config)
+            if row is None:
                 break
-            chain[spot.checkpoint_id] = found
+            chain[spot.checkpoint_id] = row
             with malformed(spot.head().record):
-                missing -= found.checkpoint["channel_values"].keys()
+                missing -= row.checkpoint["channel_values"].keys()
         opened = yield from self._open([*chain.values()])
         ends = {None, *(each.found.checkpoint["id"] for each in opened)}
         if opened and missing and opened[-1].parent not in ends:
@@ -363,23 +363,23 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _spots(self, thread_id: str) -> Steps[list[Spot]]:
         """The checkpoints of a thread, parents before children."""
-        asked: RunnableConfig = {"configurable": {"thread_id": thread_id}}
+        thread: RunnableConfig = {"configurable": {"thread_id": thread_id}}
 
-        def spot(found: CheckpointTuple) -> Spot:
-            check_asked(asked, found)
-            return Spot.of(found.config)
+        def spot(row: CheckpointTuple) -> Spot:
+            check_asked(thread, row)
+            return Spot.of(row.config)
 
         with malformed(f"thread {thread_id}"):
-            spots: list[Spot] = yield ask_inner("list", asked)._replace(each=spot)
+            spots: list[Spot] = yield ask_inner("list", thread)._replace(each=spot)
         return sorted(spots, key=lambda each: each.checkpoint_id)
 
     def _rows(self, page: Sequence[Spot], of: object = None) -> Steps[list[CheckpointTuple]]:
         rows = []
         for spot in page:
-            found = yield from self._row(spot.config, of)
-            if found is None:
+            row = yield from self._row(spot.config, of)
+            if row is None:
                 raise WrongPlaceError(spot.head().record)
-            rows.append(found)
+            rows.append(row)
         return rows
 
     def _store(self, thread_id: str, page: Sequence[Opened], stored_in: str | None = None) -> Steps[None]:
@@ -398,11 +398,11 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     # --- migration ---
 
-    def _keys_of(self, found: CheckpointTuple) -> set[str]:
+    def _keys_of(self, row: CheckpointTuple) -> set[str]:
         """The keys that the records of a stored checkpoint name; empty text for a record in plaintext."""
-        spot = Spot.of(found.config)
+        spot = Spot.of(row.config)
         with malformed(spot.head().record):
-            return {key_of(record) if is_sealed(record) else "" for _, record in records_of(spot, found)}
+            return {key_of(record) if is_sealed(record) else "" for _, record in records_of(spot, row)}
 
     def _migrate(self) -> Steps[int]:
         """Encrypts what is stored in plaintext, and what is under a retired key, anew. Gives the number of threads that
@@ -413,10 +413,10 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
         """
         keys: dict[str, set[str]] = {}
 
-        def note(found: CheckpointTuple) -> None:
-            named = keys.setdefault(str(found.config["configurable"]["thread_id"]), set())
+        def note(row: CheckpointTuple) -> None:
+            named = keys.setdefault(str(row.config["configurable"]["thread_id"]), set())
             try:
-                named |= self._keys_of(found)
+                named |= self._keys_of(row)
             except RecordError:
                 named.add("")
 
@@ -483,13 +483,13 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _open_any(self, stored: Sequence[CheckpointTuple]) -> Steps[list[Opened]]:
         """Opens checkpoints that are encrypted, and takes those that are not as they are."""
-        named = [self._keys_of(found) for found in stored]
-        for found, keys in zip(stored, named, strict=True):
+        named = [self._keys_of(row) for row in stored]
+        for row, keys in zip(stored, named, strict=True):
             if "" in keys and keys != {""}:
-                raise PlaintextRecordError(Spot.of(found.config).head().record)
-        sealed = [found for found, keys in zip(stored, named, strict=True) if "" not in keys]
+                raise PlaintextRecordError(Spot.of(row.config).head().record)
+        sealed = [row for row, keys in zip(stored, named, strict=True) if "" not in keys]
         opened = iter((yield from self._open(sealed)))
-        return [_as_found(found) if "" in keys else next(opened) for found, keys in zip(stored, named, strict=True)]
+        return [_as_found(row) if "" in keys else next(opened) for row, keys in zip(stored, named, strict=True)]
 
     # --- listings ---
 
@@ -500,12 +500,12 @@ class EncryptedSaver(BaseCheckpointSaver[Any]):
 
     def _page(self, config: RunnableConfig | None, take: Callable[..., Any], listing: object) -> Steps[list[Opened]]:
         """Opens the next checkpoints of a listing. `take`: `next`, or `anext` if it is asynchronous."""
-        asked = None if config is None else inner_config(config)
+        inner = None if config is None else inner_config(config)
         stored: list[CheckpointTuple] = []
         with malformed("a list of checkpoints"):
-            while len(stored) < PAGE_CHECKPOINTS and (found := (yield ask(take, listing, None))) is not None:
-                check_asked(asked, found)
-                stored.append(found)
+            while len(stored) < PAGE_CHECKPOINTS and (row := (yield ask(take, listing, None))) is not None:
+                check_asked(inner, row)
+                stored.append(row)
         return (yield from self._open(stored))
 
     def list(
@@ -563,13 +563,13 @@ def _history_of(channel: str, ancestors: Sequence[Opened]) -> DeltaChannelHistor
     return {"writes": writes}
 
 
-def _as_found(found: CheckpointTuple) -> Opened:
+def _as_found(row: CheckpointTuple) -> Opened:
     """A checkpoint that was stored in plaintext. The order of its writes becomes their task path: no saver gives the
     one that was stored.
     """
     tasks: dict[str, int] = {}
     writes: list[ChannelWrite] = []
-    for index, (task_id, channel, value) in enumerate(found.pending_writes or ()):
+    for index, (task_id, channel, value) in enumerate(row.pending_writes or ()):
         order = tasks.setdefault(task_id, len(tasks))
         writes.append(ChannelWrite(task_id, channel, value, WRITES_IDX_MAP.get(channel, index), f"{order:08}"))
-    return Opened(found, writes, get_checkpoint_id(found.parent_config) if found.parent_config else None)
+    return Opened(row, writes, get_checkpoint_id(row.parent_config) if row.parent_config else None)

@@ -120,10 +120,10 @@ def _found(op: Op, result: Any) -> list[Item]:
     items = result if isinstance(op, SearchOp) else [result] if isinstance(op, GetOp) and result is not None else []
     for item in items:
         if isinstance(op, SearchOp):
-            asked = item.namespace[: len(op.namespace_prefix)] == tuple(op.namespace_prefix)
+            matches = item.namespace[: len(op.namespace_prefix)] == tuple(op.namespace_prefix)
         else:
-            asked = isinstance(op, GetOp) and (item.namespace, item.key) == (tuple(op.namespace), op.key)
-        if not asked:
+            matches = isinstance(op, GetOp) and (item.namespace, item.key) == (tuple(op.namespace), op.key)
+        if not matches:
             raise WrongPlaceError(_place(item.namespace, item.key).record)
     return items
 

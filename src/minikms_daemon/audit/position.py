@@ -59,33 +59,33 @@ class AuditorPosition:
         if log_id != self._log_id:
             self._log_id, self._head = log_id, _NOTHING
 
-    def check(self, asked: api.ReportAuditPositionRequest, view: LogView, mac: bytes) -> None:
+    def check(self, report: api.ReportAuditPositionRequest, view: LogView, mac: bytes) -> None:
         """Compares a report with the log. Reads the disk. Raises ConflictError, InvalidRequestError,
         StorageUnavailableError.
         """
-        if asked.seq == 0 or (view.log_id, LineRef(asked.seq, mac)) == (asked.log_id, self._head):
+        if report.seq == 0 or (view.log_id, LineRef(report.seq, mac)) == (report.log_id, self._head):
             return
-        if asked.log_id != view.log_id:
+        if report.log_id != view.log_id:
             raise ConflictError(f"the audit log has the id {view.log_id}: another one was begun")
-        if asked.seq < self._head.seq:
+        if report.seq < self._head.seq:
             raise ConflictError(f"line {self._head.seq} was reported before, and a position never decreases")
-        if asked.seq > view.durable.seq:
-            raise ConflictError(f"line {asked.seq} is not durable: the last one is {view.durable.seq}")
+        if report.seq > view.durable.seq:
+            raise ConflictError(f"line {report.seq} is not durable: the last one is {view.durable.seq}")
         try:
-            line = line_of(view.directory, asked.seq)
+            line = line_of(view.directory, report.seq)
             logged = None if line is None else record.split_line(line)[1]
         except (KmsRefusedError, OSError) as error:
             raise StorageUnavailableError("the reported line can't be read") from error
         if logged is None:
-            raise ConflictError(f"the audit log has no line {asked.seq} any more")
+            raise ConflictError(f"the audit log has no line {report.seq} any more")
         if logged != mac:
-            raise InvalidRequestError(f"line {asked.seq} of the audit log has another mac")
+            raise InvalidRequestError(f"line {report.seq} of the audit log has another mac")
 
-    def take(self, asked: api.ReportAuditPositionRequest, mac: bytes) -> None:
+    def take(self, report: api.ReportAuditPositionRequest, mac: bytes) -> None:
         """A report that `check` has let pass."""
         self._reported_ns = self._monotonic_ns()
-        if asked.seq > self._head.seq:
-            self._head = LineRef(asked.seq, mac)
+        if report.seq > self._head.seq:
+            self._head = LineRef(report.seq, mac)
 
     def attached(self) -> bool:
         """Whether an auditor has reported lately."""
@@ -102,14 +102,14 @@ class AuditorPosition:
         return None if self._reported_ns is None else (self._monotonic_ns() - self._reported_ns) // _NS
 
 
-def mac_of(asked: api.ReportAuditPositionRequest) -> bytes:
+def mac_of(report: api.ReportAuditPositionRequest) -> bytes:
     """The MAC of a report, after the checks that need no log. Raises InvalidRequestError, TooLargeError."""
-    mac = decode_canonical(asked.mac, record.MAC_BYTES, "mac")
-    if api.ORIGIN_PATTERN.fullmatch(asked.origin) is None:
+    mac = decode_canonical(report.mac, record.MAC_BYTES, "mac")
+    if api.ORIGIN_PATTERN.fullmatch(report.origin) is None:
         raise InvalidRequestError("origin is 1 to 128 characters of A-Z, a-z, 0-9 and ._/:-")
-    if not 0 <= asked.seq <= record.INTEGER_MAX:
+    if not 0 <= report.seq <= record.INTEGER_MAX:
         raise InvalidRequestError("seq is the number of a line, or 0 for none")
-    if len(mac) != (record.MAC_BYTES if asked.seq else 0):
+    if len(mac) != (record.MAC_BYTES if report.seq else 0):
         raise InvalidRequestError("mac is that of the line, 32 bytes, and empty for seq 0")
     return mac
 

@@ -648,9 +648,9 @@ class ReplicaMember:
         if self.serves and not any(_follows(member) for member in others):
             yield state("host_alone")
 
-    def _log(self, what: str, **said: object) -> None:
+    def _log(self, what: str, **members: object) -> None:
         logger = Log()
-        logger.warning(what, member=self._mark.member_id, **said)
+        logger.warning(what, member=self._mark.member_id, **members)
 
 
 def _directory_of(parts: Parts) -> MemberDirectory:

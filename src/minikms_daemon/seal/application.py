@@ -132,15 +132,15 @@ class SealedApplication(AdmittingApplication):
             undo.pop_all()
         return self._unseal_and_release(who, share if root is None else root)
 
-    async def _unseal_and_release(self, who: Principal, given: SecretSlot | SecretText | None) -> Reply:
+    async def _unseal_and_release(self, who: Principal, secret: SecretSlot | SecretText | None) -> Reply:
         try:
-            return await self._unsealing.unseal(who, given)
+            return await self._unsealing.unseal(who, secret)
         finally:
-            if given is not None:
-                given.release()
+            if secret is not None:
+                secret.release()
 
 
-def _check_one(asked: api.UnsealRequest) -> None:
-    given = sum(value is not UNSET for value in (asked.root_hex, asked.share, asked.from_source))
-    if given != 1 or asked.from_source is False:
+def _check_one(request: api.UnsealRequest) -> None:
+    count = sum(value is not UNSET for value in (request.root_hex, request.share, request.from_source))
+    if count != 1 or request.from_source is False:
         raise InvalidRequestError("give exactly one of root_hex, share, and from_source, which is true")

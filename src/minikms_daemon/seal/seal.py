@@ -108,8 +108,8 @@ class OwnLines:
 
     def take(self) -> list[Event]:
         """All lines, which the caller writes."""
-        taken, self._owed = self._owed, []
-        return taken
+        events, self._owed = self._owed, []
+        return events
 
     def cancel(self) -> None:
         """None is written any more but by the caller of `take`."""
@@ -366,8 +366,8 @@ class SealableServer:
         except StorageUnavailableError as error:
             process.log.warning("a stop before the unseal leaves no audit line of the lease's end", why=str(error))
 
-    def _stop_serving(self, served: bool, **said: str) -> None:
-        """After the keys were zeroed. `served`: before that. `said`: for the log."""
+    def _stop_serving(self, served: bool, **members: str) -> None:
+        """After the keys were zeroed. `served`: before that. `members`: of the log's line."""
         parts, self._opened = self._opened, None
         if served:
             self._refusals = []
@@ -379,12 +379,12 @@ class SealableServer:
         if parts is not None:
             try:
                 self._chores.cancel()
-                self._replica.sealed(said.get("why", ""))
+                self._replica.sealed(members.get("why", ""))
                 parts.seal()
             finally:
                 self._opener.auditor.seal()
                 self._abandon(parts)
-            self._process.log.warning("sealed", **said)
+            self._process.log.warning("sealed", **members)
 
     async def _answer_seal(self) -> Reply:
         state = self._state
@@ -527,13 +527,13 @@ class SealableServer:
             limits=Limits(connections_max=self._process.connections_max),
         )
 
-    async def report_audit_position(self, asked: api.ReportAuditPositionRequest) -> Reply:
+    async def report_audit_position(self, report: api.ReportAuditPositionRequest) -> Reply:
         """Takes a report while the daemon is sealed. Raises SealedError."""
-        return json_answer(await self._opener.auditor.report_sealed(asked, self._process.workers.lookup))
+        return json_answer(await self._opener.auditor.report_sealed(report, self._process.workers.lookup))
 
     def status(self) -> dict[str, object]:
         """`/status` of the sealed daemon."""
-        kept = self._state.is_marked or self._state.is_flagged or self._process.settings.sealed
+        sealed_at_start = self._state.is_marked or self._state.is_flagged or self._process.settings.sealed
         return sealed_status(
             self._process.settings,
             policy=self._process.policy,
@@ -542,7 +542,7 @@ class SealableServer:
             server=self.server,
             started_ns=self._opener.started_ns,
             reason=self._unlocking.why_sealed(True),
-            warning="" if kept else _NOT_DURABLE,
+            warning="" if sealed_at_start else _NOT_DURABLE,
             lease=self._unlocking.status(),
             replica=self._replica,
         )

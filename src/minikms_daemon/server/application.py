@@ -128,11 +128,11 @@ class KeyApplication(AdmittingApplication):
         request_id = head.request_id or ""
         read = route.read
         try:
-            asked = decode(read, request.body) if isinstance(read, Decoder) else read(who, request)
+            body = decode(read, request.body) if isinstance(read, Decoder) else read(who, request)
         except Exception as error:
             self._table.malformed(route.verb, who, error, request_id)
             raise
-        answer = route.perform(who, asked, request_id)
+        answer = route.perform(who, body, request_id)
         if type(answer) is bytes:  # of most requests
             return answer
         if isinstance(answer, (bytes, Response)):
@@ -240,11 +240,11 @@ class KeyApplication(AdmittingApplication):
             require_short_body(request)
             root = take_key(request.body, self._vault.arena, verb.root_field)
             try:
-                asked = decode(decoder, request.body)
-                given = {name: getattr(asked, name) for name in fields} | {verb.root_field: UNSET, "root": root}
+                body = decode(decoder, request.body)
+                members = {name: getattr(body, name) for name in fields} | {verb.root_field: UNSET, "root": root}
                 if verb.path_field:
-                    given[verb.path_field] = _only_in_path(verb, given, request)
-                return kind(**given)
+                    members[verb.path_field] = _only_in_path(verb, members, request)
+                return kind(**members)
             except BaseException:
                 if root is not None:
                     root.release()
@@ -264,9 +264,9 @@ class KeyApplication(AdmittingApplication):
         return perform
 
 
-def _only_in_path(verb: Verb[Any, Any], given: dict[str, Any], request: HttpRequest) -> str:
+def _only_in_path(verb: Verb[Any, Any], body: dict[str, Any], request: HttpRequest) -> str:
     """The id in the path. Raises InvalidRequestError if the body has one too."""
-    if given[verb.path_field] is not UNSET:
+    if body[verb.path_field] is not UNSET:
         raise InvalidRequestError(f"the path names the {verb.path_field}, and the body must not")
     return path_id(request.path)
 
@@ -299,11 +299,11 @@ def _path_reader(verb: Verb[Any, Any]) -> Callable[[Principal, HttpRequest], Any
     def read(who: Principal, request: HttpRequest) -> Any:
         named = path_id(request.path)
         if verb.has_body:
-            found = decode(decoder, request.body)
+            body = decode(decoder, request.body)
             require(who, verb)  # first: an attempt without the role is answered and audited as `forbidden`
-            if found.key_id != named:
+            if body.key_id != named:
                 raise InvalidRequestError("the key id in the body must repeat the one in the path")
-            return found
+            return body
         if verb.method == "POST" and request.body:
             decode(decoder, request.body)
         return verb.request(**{verb.path_field: named})

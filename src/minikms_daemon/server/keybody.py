@@ -62,8 +62,8 @@ class SecretText:
     def views(self) -> list[memoryview]:
         """The views of the text's bytes, in order. Not after `release`."""
         whole, rest = divmod(self._count, SLOT_BYTES)
-        found = [slot.view for slot in self._slots[:whole]]
-        return [*found, self._slots[whole].view[:rest]] if rest else found
+        views = [slot.view for slot in self._slots[:whole]]
+        return [*views, self._slots[whole].view[:rest]] if rest else views
 
     def release(self) -> None:
         """Idempotent."""
@@ -98,8 +98,8 @@ def _spans(body: memoryview, name: str, *, last: bool) -> Iterator[list[tuple[in
     """
     if _BACKSLASH.search(body) is not None:
         raise InvalidRequestError("the body of this request must not use escapes (no backslash)")
-    found = itertools.islice(_member(name).finditer(body), 2)
-    spans = [_value_span(body, *match.span(), name) for match in found]
+    members = itertools.islice(_member(name).finditer(body), 2)
+    spans = [_value_span(body, *match.span(), name) for match in members]
     try:
         yield spans
     finally:

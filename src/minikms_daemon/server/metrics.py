@@ -56,10 +56,10 @@ class VerbTimes:
 
     def asked(self, verb: str) -> None:
         """A request has reached the verb."""
-        asked = self._asked
-        if not asked:
+        requests = self._asked
+        if not requests:
             self._began_s = self._clock()
-        asked.append(verb)
+        requests.append(verb)
 
     def later(self, answer: Awaitable[T]) -> Awaitable[T]:
         """The last request is answered by `answer` in a later turn. Returns what to await instead of it."""
@@ -75,16 +75,16 @@ class VerbTimes:
 
     def end_turn(self) -> None:
         """All requests of this turn but those given to `later` are answered."""
-        asked = self._asked
-        if not asked:
+        requests = self._asked
+        if not requests:
             return
         seconds = self._clock() - self._began_s
-        count = asked.count(asked[0])
-        counts = {asked[0]: count} if count == len(asked) else Counter(asked)
+        count = requests.count(requests[0])
+        counts = {requests[0]: count} if count == len(requests) else Counter(requests)
         for verb, count in counts.items():
             self.requests[verb] += count
             self.seconds[verb].add(seconds, count)
-        asked.clear()
+        requests.clear()
 
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -171,105 +171,105 @@ def page(
 
 
 def _add_requests(
-    made: _Page, status: Mapping[str, Any], times: VerbTimes, batches: Mapping[str, WeightedHistogram]
+    page: _Page, status: Mapping[str, Any], times: VerbTimes, batches: Mapping[str, WeightedHistogram]
 ) -> None:
     http = status["http"]
-    made.add("minikms_requests_total", "counter", "Requests that reached a verb.", _labelled("verb", times.requests))
-    made.one("minikms_http_requests_total", "counter", "Requests whose head was read.", http["requests"])
-    made.one("minikms_http_refused_total", "counter", "Inputs that were not a request.", http["refused"])
-    made.one("minikms_http_connections", "gauge", "Open connections.", http["connections"])
-    made.one("minikms_http_connections_max", "gauge", "Connections admitted.", http["connections_max"])
-    made.one("minikms_http_unread_bytes", "gauge", "Answers and requests that wait.", http["unread_bytes"])
+    page.add("minikms_requests_total", "counter", "Requests that reached a verb.", _labelled("verb", times.requests))
+    page.one("minikms_http_requests_total", "counter", "Requests whose head was read.", http["requests"])
+    page.one("minikms_http_refused_total", "counter", "Inputs that were not a request.", http["refused"])
+    page.one("minikms_http_connections", "gauge", "Open connections.", http["connections"])
+    page.one("minikms_http_connections_max", "gauge", "Connections admitted.", http["connections_max"])
+    page.one("minikms_http_unread_bytes", "gauge", "Answers and requests that wait.", http["unread_bytes"])
     failures = http["accept_failures"]
-    made.one("minikms_http_accept_failures_total", "counter", "Failures of accept(2).", failures)
+    page.one("minikms_http_accept_failures_total", "counter", "Failures of accept(2).", failures)
     used = {verb: histogram for verb, histogram in times.seconds.items() if any(histogram.counts)}
-    made.histograms("minikms_request_duration_seconds", "From the request to the end of the audit write.", "verb", used)
-    made.histograms("minikms_batch_items", "Items of a batch.", "verb", batches)
+    page.histograms("minikms_request_duration_seconds", "From the request to the end of the audit write.", "verb", used)
+    page.histograms("minikms_batch_items", "Items of a batch.", "verb", batches)
 
 
-def _add_keys(made: _Page, status: Mapping[str, Any]) -> None:
+def _add_keys(page: _Page, status: Mapping[str, Any]) -> None:
     keys, memory = status["keys"], status["memory"]
     by_state = {"active": 0, "retired": 0, **keys["by_state"], "destroyed": keys["destroyed"]}
-    made.add("minikms_keys", "gauge", "Keys by state.", _labelled("state", by_state))
+    page.add("minikms_keys", "gauge", "Keys by state.", _labelled("state", by_state))
     by_kek = _labelled("kek_version", keys["by_kek_version"])
-    made.add("minikms_keys_by_kek", "gauge", "Keys by the KEK version that wraps them.", by_kek)
+    page.add("minikms_keys_by_kek", "gauge", "Keys by the KEK version that wraps them.", by_kek)
     made_at = [({"kek_version": str(kek["version"])}, unix_seconds(kek["created_at"])) for kek in status["keks"]]
-    made.add("minikms_kek_created_timestamp_seconds", "gauge", "When each KEK was made.", made_at)
-    made.one("minikms_keys_unreadable", "gauge", "Key files that can't be read.", keys["unreadable"])
-    made.one("minikms_keys_indexing", "gauge", "1 while a start still reads key files.", keys["indexing"])
-    made.one("minikms_cache_keys", "gauge", "Opened keys in locked memory.", memory["keys_in_memory"])
-    made.one("minikms_cache_hits_total", "counter", "Keys found opened.", memory["cache_hits"])
-    made.one("minikms_cache_misses_total", "counter", "Keys that had to be opened.", memory["cache_misses"])
-    made.one("minikms_cache_evictions_total", "counter", "Keys dropped by number or age.", memory["cache_evictions"])
+    page.add("minikms_kek_created_timestamp_seconds", "gauge", "When each KEK was made.", made_at)
+    page.one("minikms_keys_unreadable", "gauge", "Key files that can't be read.", keys["unreadable"])
+    page.one("minikms_keys_indexing", "gauge", "1 while a start still reads key files.", keys["indexing"])
+    page.one("minikms_cache_keys", "gauge", "Opened keys in locked memory.", memory["keys_in_memory"])
+    page.one("minikms_cache_hits_total", "counter", "Keys found opened.", memory["cache_hits"])
+    page.one("minikms_cache_misses_total", "counter", "Keys that had to be opened.", memory["cache_misses"])
+    page.one("minikms_cache_evictions_total", "counter", "Keys dropped by number or age.", memory["cache_evictions"])
 
 
-def _add_rotation(made: _Page, rotation: Mapping[str, Any] | None) -> None:
+def _add_rotation(page: _Page, rotation: Mapping[str, Any] | None) -> None:
     running = rotation or {"rewrapped": 0, "total": 0, "last_error": ""}
-    made.one(
+    page.one(
         "minikms_kek_rotation_running", "gauge", "1 while a KEK rotation runs or is about to.", rotation is not None
     )
-    made.one("minikms_kek_rotation_rewrapped", "gauge", "Keys rewrapped by the one that runs.", running["rewrapped"])
-    made.one("minikms_kek_rotation_keys", "gauge", "Keys there are, for the one that runs.", running["total"] or 0)
+    page.one("minikms_kek_rotation_rewrapped", "gauge", "Keys rewrapped by the one that runs.", running["rewrapped"])
+    page.one("minikms_kek_rotation_keys", "gauge", "Keys there are, for the one that runs.", running["total"] or 0)
     failing = bool(running["last_error"])
-    made.one("minikms_kek_rotation_failing", "gauge", "1 while the one that runs is held up by an error.", failing)
+    page.one("minikms_kek_rotation_failing", "gauge", "1 while the one that runs is held up by an error.", failing)
 
 
-def _add_audit(made: _Page, audit: Mapping[str, Any], uptime_seconds: int) -> None:
-    made.one("minikms_audit_lines_total", "counter", "Lines of the audit log.", audit["head"]["seq"])
-    made.one("minikms_audit_writable", "gauge", "1 while the audit log can be written.", audit["writable"])
-    made.one("minikms_audit_synced", "gauge", "1 when all of it is on the disk.", audit["synced"])
+def _add_audit(page: _Page, audit: Mapping[str, Any], uptime_seconds: int) -> None:
+    page.one("minikms_audit_lines_total", "counter", "Lines of the audit log.", audit["head"]["seq"])
+    page.one("minikms_audit_writable", "gauge", "1 while the audit log can be written.", audit["writable"])
+    page.one("minikms_audit_synced", "gauge", "1 when all of it is on the disk.", audit["synced"])
     dropped = audit["events_dropped"]
-    made.one("minikms_audit_dropped_total", "counter", "Events that could not be written.", dropped)
-    made.one("minikms_audit_segment_bytes", "gauge", "Size of the current segment.", audit["segment_bytes"])
+    page.one("minikms_audit_dropped_total", "counter", "Events that could not be written.", dropped)
+    page.one("minikms_audit_segment_bytes", "gauge", "Size of the current segment.", audit["segment_bytes"])
     position = audit["position"] or {"seq": 0, "age_seconds": 0, "lag_lines": 0}
-    made.one("minikms_audit_position_line", "gauge", "Last line that an auditor has taken.", position["seq"])
+    page.one("minikms_audit_position_line", "gauge", "Last line that an auditor has taken.", position["seq"])
     age = uptime_seconds if position["age_seconds"] is None else position["age_seconds"]
-    made.one("minikms_audit_position_age_seconds", "gauge", "Since its last report, or since the start.", age)
-    made.one("minikms_audit_lag_lines", "gauge", "Durable lines that it has not taken.", position["lag_lines"])
-    made.one("minikms_audit_reserve_bytes", "gauge", "Disk space reserved for its last lines.", audit["reserve_bytes"])
+    page.one("minikms_audit_position_age_seconds", "gauge", "Since its last report, or since the start.", age)
+    page.one("minikms_audit_lag_lines", "gauge", "Durable lines that it has not taken.", position["lag_lines"])
+    page.one("minikms_audit_reserve_bytes", "gauge", "Disk space reserved for its last lines.", audit["reserve_bytes"])
 
 
-def _add_policy(made: _Page, policy: Mapping[str, Any], refusals: Mapping[str, int]) -> None:
+def _add_policy(page: _Page, policy: Mapping[str, Any], refusals: Mapping[str, int]) -> None:
     by_reason = {reason: refusals.get(reason, 0) for reason in POLICY_REFUSALS}
-    made.add("minikms_policy_refusals_total", "counter", "Refusals by the policy.", _labelled("reason", by_reason))
-    made.one(
+    page.add("minikms_policy_refusals_total", "counter", "Refusals by the policy.", _labelled("reason", by_reason))
+    page.one(
         "minikms_policy_generation", "gauge", "Rises with each policy; 0 without one.", policy.get("generation", 0)
     )
-    made.one(
+    page.one(
         "minikms_policy_age_seconds", "gauge", "Seconds since the policy came into force.", policy.get("age_seconds", 0)
     )
     failed = bool(policy.get("last_error"))
-    made.one("minikms_policy_reload_failed", "gauge", "1 while the file on disk is not in force.", failed)
+    page.one("minikms_policy_reload_failed", "gauge", "1 while the file on disk is not in force.", failed)
     exhausted = policy.get("budgets_exhausted", 0)
-    made.one("minikms_policy_budgets_exhausted", "gauge", "Hourly budgets that refuse requests now.", exhausted)
+    page.one("minikms_policy_budgets_exhausted", "gauge", "Hourly budgets that refuse requests now.", exhausted)
 
 
-def _add_replica(made: _Page, replica: Mapping[str, Any], uptime_seconds: int) -> None:
-    made.one("minikms_replica_serving", "gauge", "1 while this host serves.", replica["mode"] == "serving")
-    made.one("minikms_replica_term", "gauge", "Of the last change here.", replica["term"])
-    made.one("minikms_replica_lease_seconds", "gauge", "Left of the lease of this host.", replica["lease_seconds"])
-    made.one(
+def _add_replica(page: _Page, replica: Mapping[str, Any], uptime_seconds: int) -> None:
+    page.one("minikms_replica_serving", "gauge", "1 while this host serves.", replica["mode"] == "serving")
+    page.one("minikms_replica_term", "gauge", "Of the last change here.", replica["term"])
+    page.one("minikms_replica_lease_seconds", "gauge", "Left of the lease of this host.", replica["lease_seconds"])
+    page.one(
         "minikms_replica_lag_changes", "gauge", "Changes of the database that are not here.", replica["lag_changes"]
     )
     heard = uptime_seconds if replica["heard_seconds"] is None else replica["heard_seconds"]
-    made.one("minikms_replica_heard_seconds", "gauge", "Since the last request of the replicator, or the start.", heard)
+    page.one("minikms_replica_heard_seconds", "gauge", "Since the last request of the replicator, or the start.", heard)
 
 
-def _add_process(made: _Page, status: Mapping[str, Any]) -> None:
+def _add_process(page: _Page, status: Mapping[str, Any]) -> None:
     hardening = [({"measure": str(measure["measure"])}, measure["in_force"]) for measure in status["hardening"]]
-    made.add("minikms_hardening", "gauge", "1 where a measure is in force.", hardening)
-    made.one("minikms_memory_locked_bytes", "gauge", "Memory for raw keys.", status["memory"]["locked_bytes"])
-    made.one("minikms_disk_free_bytes", "gauge", "Free for the data directory.", status["disk_free_bytes"])
-    made.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
+    page.add("minikms_hardening", "gauge", "1 where a measure is in force.", hardening)
+    page.one("minikms_memory_locked_bytes", "gauge", "Memory for raw keys.", status["memory"]["locked_bytes"])
+    page.one("minikms_disk_free_bytes", "gauge", "Free for the data directory.", status["disk_free_bytes"])
+    page.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
     lease = status["root"].get("lease") or {"outcomes": {}}
     left = [(_NONE, lease["left_seconds"])] if "left_seconds" in lease else []
-    made.add("minikms_root_lease_seconds", "gauge", "Left of the lease of the root key.", left)
-    asked = _labelled("outcome", lease["outcomes"])
-    made.add("minikms_root_lease_questions_total", "counter", "Questions to the unlock service.", asked)
-    made.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
-    made.one("minikms_up", "gauge", "1 when it serves, 0 while verbs are refused.", status.get("status") == "ok")
-    made.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))
+    page.add("minikms_root_lease_seconds", "gauge", "Left of the lease of the root key.", left)
+    outcomes = _labelled("outcome", lease["outcomes"])
+    page.add("minikms_root_lease_questions_total", "counter", "Questions to the unlock service.", outcomes)
+    page.one("minikms_epoch", "gauge", "Rises with every start and keyring write.", status["epoch"])
+    page.one("minikms_up", "gauge", "1 when it serves, 0 while verbs are refused.", status.get("status") == "ok")
+    page.one("minikms_warnings", "gauge", "Warnings in /status.", len(status["warnings"]))
     held = gauge(KEY_SERVICE, status["conditions"])
-    made.add("minikms_condition", "gauge", "1 while something is wrong, by condition and severity.", held)
+    page.add("minikms_condition", "gauge", "1 while something is wrong, by condition and severity.", held)
     for sample in process_metrics.samples("minikms_build_info"):
-        made.add(sample.name, sample.kind, sample.text, [(sample.labels, sample.value)])
+        page.add(sample.name, sample.kind, sample.text, [(sample.labels, sample.value)])

@@ -259,12 +259,12 @@ _REDUCED_AUDIT: Final = ("head", "writable", "synced")
 
 def reduced(status: dict[str, Any]) -> dict[str, object]:
     """The status for a principal behind a proxy: enough to see that the service works and is not an older one."""
-    shown: dict[str, object] = {name: status[name] for name in _REDUCED if name in status}
+    part: dict[str, object] = {name: status[name] for name in _REDUCED if name in status}
     if "keys" in status:
-        shown["keys"] = {name: status["keys"][name] for name in _REDUCED_KEYS}
+        part["keys"] = {name: status["keys"][name] for name in _REDUCED_KEYS}
     if "audit" in status:
-        shown["audit"] = {name: status["audit"][name] for name in _REDUCED_AUDIT}
-    return shown
+        part["audit"] = {name: status["audit"][name] for name in _REDUCED_AUDIT}
+    return part
 
 
 def without_key_files(status: dict[str, Any]) -> dict[str, object]:

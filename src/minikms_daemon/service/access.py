@@ -244,14 +244,14 @@ class ScopedKeys:
         may be used before `reserve`. Keys that are not allowed are left out: a request for no other keys counts as one
         request of the first grant with the role. Raises LimitExceededError, KeysNotReadError.
         """
-        taken = self._access.meters.charge(self.who.scope, self._costs(request), self._entered)
+        charge = self._access.meters.charge(self.who.scope, self._costs(request), self._entered)
         # A request that a limit refused has no answer that concerns the keys that were refused.
         self._access.refusals["unknown_key"] += self._not_counted or 0
         self._not_counted = None
-        return taken
+        return charge
 
-    async def reserve(self, taken: Taken) -> None:
-        await self._access.meters.reserve(taken)
+    async def reserve(self, charge: Taken) -> None:
+        await self._access.meters.reserve(charge)
 
     def _costs(self, request: Any) -> dict[Grant, Cost]:
         self.refresh()

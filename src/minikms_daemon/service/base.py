@@ -204,8 +204,8 @@ class VerbTable:
                 frame.require(keys.who, request, event)
                 if durable:
                     self.audit.require_writable()
-                if taken := keys.charge(request):
-                    await keys.reserve(taken)
+                if charge := keys.charge(request):
+                    await keys.reserve(charge)
                 return await act_scoped(keys, request, event)
 
             try:
@@ -221,8 +221,8 @@ class VerbTable:
         """What `now_on_keys` does for a caller that a policy limits."""
         frame = _Frame(verb)
 
-        async def act_reserved(keys: ScopedKeys, taken: Taken, request: R, event: Event) -> Reply:
-            await keys.reserve(taken)
+        async def act_reserved(keys: ScopedKeys, charge: Taken, request: R, event: Event) -> Reply:
+            await keys.reserve(charge)
             answer = act(keys, request, event)
             return await answer.act() if isinstance(answer, Later) else _reply(answer)
 
@@ -234,9 +234,9 @@ class VerbTable:
                 if forbidden is not None:
                     answer: A | Reply | Later = _refuse_items(request, event, forbidden)
                 else:
-                    taken = keys.charge(request)
-                    if taken:
-                        answer = Later(partial(act_reserved, keys, taken, request, event))
+                    charge = keys.charge(request)
+                    if charge:
+                        answer = Later(partial(act_reserved, keys, charge, request, event))
                     else:
                         answer = act(keys, request, event)
                     if isinstance(answer, Later):

@@ -131,17 +131,17 @@ class KekVerbs:
             if root is not None:
                 self._check_replaceable(body)
 
-        begun = await self._rotation.begin(root, replaces=self.proved_slot_id, check=check)
+        rotation = await self._rotation.begin(root, replaces=self.proved_slot_id, check=check)
         if request.priority is not UNSET:
             self._rotation.priority = request.priority
         version = self._vault.keyring.body.wrapping_kek.version  # before the KEK rotation that a removal asks for
         end = self._end_of_rotation()
         try:
             if root is not None:
-                await self._rewrite_key_file(root, begun.slot_id)
+                await self._rewrite_key_file(root, rotation.slot_id)
         finally:
             self.ensure_running()
-        event.detail = "begun" if begun.newly else "running or done already"
+        event.detail = "begun" if rotation.newly else "running or done already"
         event.facts = self._facts(new_root=int(root is not None))
         wait = request.wait is not False
         return AfterLine(partial(self._wait_for_rotation, end, version, keys, samples, wait=wait, event=event))
@@ -270,13 +270,13 @@ class KekVerbs:
     async def _running_or_begun(self) -> Rotation | None:
         while self._rotation.running is None and self._vault.keyring.body.revocation_due:
             try:
-                begun = await self._rotation.begin(None)
+                rotation = await self._rotation.begin(None)
             except KmsRefusedError as error:
                 self.revocation_error = f"its KEK rotation can't begin: {error}"
                 self.finishing = None
                 await asyncio.sleep(REVOCATION_RETRY_SECONDS)
                 continue
-            if begun.newly:
+            if rotation.newly:
                 await self._write_until_done(
                     "rotate_kek", self._facts(new_root=0), detail="begun: a root key was removed"
                 )

@@ -83,12 +83,12 @@ class KeyVerbs:
             raise WrongPurposeError("data keys are made under keys of purpose data or derived")
         opened.check_encrypts()
         aad = opened.record_aad(decode_aad(request.aad))
-        with self._vault.arena.allocate() as made:
-            fill_random(made.view)
-            sealed = opened.seal(made.view, aad)
+        with self._vault.arena.allocate() as slot:
+            fill_random(slot.view)
+            sealed = opened.seal(slot.view, aad)
             answer = api.DataKeyAnswer(request.key_id, sealed)
             if request.plaintext is UNSET or request.plaintext:
-                answer.plaintext = bytes(made.view)
+                answer.plaintext = bytes(slot.view)
         return answer
 
     def random(self, request: api.RandomRequest, event: Event) -> api.RandomAnswer:

@@ -47,7 +47,7 @@ class LifecycleVerbs:
 
     async def list_keys(self, keys: Keys, request: api.ListKeysRequest, event: Event) -> api.KeyListAnswer:
         """One page of keys, oldest first."""
-        thread_id, state = (None if given is UNSET else given for given in (request.thread_id, request.state))
+        thread_id, state = (None if value is UNSET else value for value in (request.thread_id, request.state))
         cursor = "" if request.cursor is UNSET else request.cursor
         limit = api.LIST_KEYS_COUNT_DEFAULT if request.limit is UNSET else request.limit
         if state not in (None, "active", "retired"):
@@ -69,14 +69,14 @@ class LifecycleVerbs:
 
     def _describe_all(self, key_ids: list[str]) -> list[api.KeyAnswer]:
         """For a worker thread. Skips a key that is unreadable or was destroyed meanwhile."""
-        found: list[api.KeyAnswer] = []
+        answers: list[api.KeyAnswer] = []
         for key_id, data in self._vault.store.read_many(key_ids):
             try:
                 if isinstance(data, bytes):
-                    found.append(self._describe(dek.parse(data, key_id)))
+                    answers.append(self._describe(dek.parse(data, key_id)))
             except KmsRefusedError:
                 continue
-        return found
+        return answers
 
     def _describe(self, record: DekRecord) -> api.KeyAnswer:
         return api.KeyAnswer(

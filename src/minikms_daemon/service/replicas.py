@@ -128,9 +128,9 @@ class ReplicaVerbs:
 
     async def _begin(self, event: Event, host: api.ReplicaAnswer) -> None:
         event.facts |= {name: value for name, value in msgspec.structs.asdict(host).items() if value}
-        begun = another_line(event, "begun")
-        begun.facts |= event.facts
-        await self._audit.add_written(begun, durable=True)
+        line = another_line(event, "begun")
+        line.facts |= event.facts
+        await self._audit.add_written(line, durable=True)
 
     def _removed(self, body: Body, member_id: str) -> api.ReplicaAnswer:
         """The host, with the fingerprint of its root key; empty if that was removed before. Raises NotFoundError."""

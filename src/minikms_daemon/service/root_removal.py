@@ -96,13 +96,13 @@ class RootRemoval:
         unlocked = self._vault.unlocked
         async with self._vault.keyring.held() as replace:
             body = self._vault.keyring.body
-            gone = choose(body)
-            if not any(slot.slot_id in gone for slot in body.slots):
+            slots = choose(body)
+            if not any(slot.slot_id in slots for slot in body.slots):
                 return
-            root_slots.check_removes(body, gone, unlocked.audit)
+            root_slots.check_removes(body, slots, unlocked.audit)
 
             def without(last: LineRef) -> Body:
-                resealed = unlocked.make_resealed(fill_random, without=gone)
+                resealed = unlocked.make_resealed(fill_random, without=slots)
                 key, at = self._audit_key_after(last, resealed.key_version), now_rfc3339()
                 changed = root_slots.remove_slots(body, resealed, unlocked.member_id, key, at=at, proved=proved)
                 return changed.without_member(member_id)

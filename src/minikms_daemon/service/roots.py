@@ -147,11 +147,11 @@ class RootVerbs:
                 await self._removal.remove(chosen)
             finally:
                 self._keks.ensure_running()  # after an error too: the slot may be gone
-        gone = self._revoking(slot_id)
-        if gone is None:
+        slot = self._revoking(slot_id)
+        if slot is None:
             raise NotFoundError("no root key has this slot; `minikms root list` (GET /roots) shows them")
-        event.facts = self._facts(gone)
-        return self._describe_revoking(gone)
+        event.facts = self._facts(slot)
+        return self._describe_revoking(slot)
 
     def _revoking(self, slot_id: str) -> RevokingRoot | None:
         return next((root for root in self._vault.keyring.body.revoking if root.slot_id == slot_id), None)
@@ -218,10 +218,10 @@ def _share_set(given: api.GivenShares | UnsetType) -> ShareSet | None:
     return shares
 
 
-def _wrong_slot_text(body: Body, slot: RootSlot, given: str) -> str:
-    other = body.slot_for(given)
+def _wrong_slot_text(body: Body, slot: RootSlot, fingerprint: str) -> str:
+    other = body.slot_for(fingerprint)
     known = "it opens no slot" if other is None else f"it opens slot {other.slot_id}"
-    return f"the root key {given} does not open slot {slot.slot_id}, which belongs to {slot.fingerprint}; {known}"
+    return f"the root key {fingerprint} does not open slot {slot.slot_id}, which belongs to {slot.fingerprint}; {known}"
 
 
 def check_another_was_tested(body: Body, slot_id: str) -> None:

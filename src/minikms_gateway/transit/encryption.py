@@ -93,11 +93,11 @@ async def encrypt(caller: TransitCaller, name: str, body: Records) -> bytes | Re
 
 async def decrypt(caller: TransitCaller, name: str, body: Records) -> bytes | Response:
     items = _items(body, "ciphertext", "decrypt")
-    given = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
+    records = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
 
     async def unseal(key: TransitKey) -> Results:
         def prepare(place: int) -> tuple[str, bytes, bytes]:
-            return _opening(key, items[place], given[place])
+            return _opening(key, items[place], records[place])
 
         if body.batch_input is None:
             key_id, record, aad = prepare(0)
@@ -105,7 +105,7 @@ async def decrypt(caller: TransitCaller, name: str, body: Records) -> bytes | Re
             return [(await caller.native(api.DECRYPT, _Plaintext, body=fields)).plaintext]
         return await _batch(caller, api.DECRYPT_BATCH, len(items), prepare, "")
 
-    return _answer(body, items, await caller.using(name, unseal, at_least=_newest(given)))
+    return _answer(body, items, await caller.using(name, unseal, at_least=_newest(records)))
 
 
 async def rewrap(caller: TransitCaller, name: str, body: Records) -> bytes | Response:
@@ -163,8 +163,8 @@ def _items(body: Records, member: str, what: str) -> Sequence[RecordItem]:
     if body.convergent_encryption:
         raise VaultError("convergent encryption is not offered")
     if body.batch_input is None:
-        given = getattr(body, member)
-        if given is None or (not given and member == "ciphertext"):
+        value = getattr(body, member)
+        if value is None or (not value and member == "ciphertext"):
             raise VaultError(f"missing {member} to {what}")
         return [body]
     items = body.batch_input
@@ -270,9 +270,9 @@ def parsed(text: str | None, what: str, use: str) -> tuple[int, str] | VaultErro
     return int(version), record
 
 
-def _newest(given: Sequence[tuple[int, str] | VaultError]) -> int:
+def _newest(records: Sequence[tuple[int, str] | VaultError]) -> int:
     """The highest version that ciphertexts name."""
-    return max((each[0] for each in given if isinstance(each, tuple)), default=0)
+    return max((each[0] for each in records if isinstance(each, tuple)), default=0)
 
 
 def _opening(key: TransitKey, item: RecordItem, given: tuple[int, str] | VaultError) -> tuple[str, bytes, bytes]:

@@ -60,8 +60,8 @@ async def random(caller: TransitCaller, count: str, body: Random) -> bytes:
         raise VaultError(f"'bytes' should be less than {api.RANDOM_BYTES_MAX}")
     if body.format not in (None, "base64", "hex"):
         raise VaultError('unsupported encoding format; must be "hex" or "base64"')
-    made = await caller.native(api.RANDOM, _Random, body={"count": wanted})
-    return envelope({"random_bytes": decode_base64(made.random).hex() if body.format == "hex" else made.random})
+    answer = await caller.native(api.RANDOM, _Random, body={"count": wanted})
+    return envelope({"random_bytes": decode_base64(answer.random).hex() if body.format == "hex" else answer.random})
 
 
 class _Random(TransitBody):

@@ -166,8 +166,8 @@ class TransitCaller:
 
     async def key(self, name: str, *, at_least: int = 0) -> TransitKey:
         """A key that may be out of date, but has the version `at_least` if there is one. Raises VaultError."""
-        found = self.remembered.get(self.who, name)
-        return found if found is not None and at_least <= found.latest else await self.found(name)
+        keys = self.remembered.get(self.who, name)
+        return keys if keys is not None and at_least <= keys.latest else await self.found(name)
 
     async def found(self, name: str) -> TransitKey:
         """A key as it is now. Raises VaultError."""
@@ -191,14 +191,14 @@ class TransitCaller:
 
     async def names(self) -> list[str]:
         """The names of all keys that the principal sees, sorted."""
-        found: set[str] = set()
+        names: set[str] = set()
         async for page in self._pages(LIST_PAGES_MAX):
-            found.update(
+            names.update(
                 key.thread_id.removeprefix(THREAD_PREFIX)
                 for key in page
                 if key.number and key.thread_id.startswith(THREAD_PREFIX)
             )
-        return sorted(name for name in found if NAME.fullmatch(name))
+        return sorted(name for name in names if NAME.fullmatch(name))
 
     async def _pages(self, count_max: int, **query: str) -> Any:
         cursor: dict[str, str] = {}
@@ -235,11 +235,11 @@ _PACK: Final = msgspec.msgpack.Encoder().encode
 
 def _refusal(answer: Response) -> KmsRefusedError:
     try:
-        given = msgspec.json.decode(answer.body, type=api.ErrorAnswer)
+        error = msgspec.json.decode(answer.body, type=api.ErrorAnswer)
     except UNDECODABLE:
-        given = api.ErrorAnswer("the key service refused the request", api.CODE_INTERNAL)
+        error = api.ErrorAnswer("the key service refused the request", api.CODE_INTERNAL)
     retry = dict(answer.headers).get("retry-after", "0")
-    return refusal(given.code, given.error, answer.status, int(retry))
+    return refusal(error.code, error.error, answer.status, int(retry))
 
 
 def _unix(text: str) -> int:

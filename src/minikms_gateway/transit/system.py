@@ -69,11 +69,11 @@ async def _sealed(caller: TransitCaller) -> bool:
 
 
 async def lookup_self(caller: TransitCaller, _name: str, _body: TransitBody) -> bytes:
-    begun, until = caller.lifetime()
+    issued_at, until = caller.lifetime()
     data: dict[str, Any] = {
         "accessor": "",
-        "creation_time": int(begun),
-        "creation_ttl": max(0, int(until - begun)),
+        "creation_time": int(issued_at),
+        "creation_ttl": max(0, int(until - issued_at)),
         "display_name": caller.who,
         "entity_id": "",
         "explicit_max_ttl": 0,

@@ -85,41 +85,41 @@ def create(
     """
     if flags.load_for_store().store.url:
         raise CommandError(IN_A_DATABASE)
-    chosen = flags.load_with_key(master_key_file)
+    config = flags.load_with_key(master_key_file)
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME)
-    path = chosen.backups_dir / name
-    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(chosen.kms_data_dir)]
-    with_keys = not (store_only or chosen.kms.provider == "local")
+    path = config.backups_dir / name
+    words = ["create", str(path / KMS_ARCHIVE), "--data-dir", str(config.kms_data_dir)]
+    with_keys = not (store_only or config.kms.provider == "local")
     if with_keys:
         for_check = None if master_key_fd is None else os.dup(master_key_fd)
-        _, refused = _run_minikms([*words, "--only-check"], chosen, for_check, json=False)
+        _, refused = _run_minikms([*words, "--only-check"], config, for_check, json=False)
         if refused:
             return refused
     if with_keys and (path / backup.MANIFEST).exists() and not (path / KMS_ARCHIVE).exists():
         print(f"{path} has the backup of the store already: that of the key service is added", file=sys.stderr)
     else:
-        _back_up_store(chosen, url, name, path)
+        _back_up_store(config, url, name, path)
         if not json:
             print(f"{path}: the store is backed up, and each block was read back")
     page: dict[str, Any] = {"backup": str(path), "key_service": None}
     if not with_keys:
         print_result(page, "Now back up the key service, as its user: minikms backup create FILE", json=json)
         return 0
-    return _minikms(words, chosen, master_key_fd, page if json else None)
+    return _minikms(words, config, master_key_fd, page if json else None)
 
 
-def _back_up_store(chosen: Config, url: str | None, name: str, path: Path) -> None:
+def _back_up_store(config: Config, url: str | None, name: str, path: Path) -> None:
     """By the server if one runs. Raises CommandError, BackupError."""
 
     async def offline() -> None:
-        async with _register(chosen) as register:
+        async with _register(config) as register:
             await register.back_up(str(path))
 
     try:
         asyncio.run(offline())
     except StoreLockedError:
-        client = AdminClient.from_config(chosen, url)
+        client = AdminClient.from_config(config, url)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
         if not path.is_dir():
             wrong = f"the server at {client.url} has backed up another store: it made no {path}"
@@ -150,8 +150,8 @@ def register(
             return await register.register(label, begun_ns)
 
     known = asyncio.run(registered())
-    said = f"{label} is registered" + (": begin it now" if begun is None else "")
-    print_result({"registered": label, "created_ns": known.created_ns}, said, json=json)
+    text = f"{label} is registered" + (": begin it now" if begun is None else "")
+    print_result({"registered": label, "created_ns": known.created_ns}, text, json=json)
 
 
 def _unix_ns(text: str) -> int:
@@ -172,17 +172,17 @@ def list_registered(*, url: ConfiguredUrl = None, flags: StoreFlags = StoreFlags
 
     A backup whose directory is not found stays in the list.
     """
-    chosen = flags.load_for_store()
+    config = flags.load_for_store()
 
     async def offline() -> list[dict[str, Any]]:
-        async with _register(chosen) as register:
+        async with _register(config) as register:
             names = ("name", "path", "created_ns", "gone", "of_database")
             return [{name: getattr(known, name) for name in names} async for known in register.registered()]
 
     try:
         backups = asyncio.run(offline())
     except StoreLockedError:
-        backups = AdminClient.from_config(chosen, url).call("GET", "/admin/store_backups")["backups"]
+        backups = AdminClient.from_config(config, url).call("GET", "/admin/store_backups")["backups"]
     lines = []
     for known in backups:
         when = datetime.fromtimestamp(known["created_ns"] / 1e9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -203,7 +203,7 @@ def forget(
     json: Json = False,
 ) -> None:
     """Forget a deleted backup, so that keys which only it needs can be destroyed. Refused while the backup exists."""
-    chosen = flags.load_for_store()
+    config = flags.load_for_store()
     if not yes:
         raise CommandError(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
@@ -211,13 +211,13 @@ def forget(
         )
 
     async def offline() -> None:
-        async with _register(chosen) as register:
+        async with _register(config) as register:
             await register.forget(name)
 
     try:
         asyncio.run(offline())
     except StoreLockedError:
-        AdminClient.from_config(chosen, url).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
+        AdminClient.from_config(config, url).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
     print_result({"forgotten": name}, f"{name} is forgotten: it keeps no old key any more", json=json)
 
 
@@ -236,9 +236,9 @@ def verify(
     A record whose key was destroyed is no damage. Exit status: 0 good, 1 damaged, 2 it does not exist.
     """
     path = existing_directory(backup_path)
-    chosen = StoreFlags(flags.db or ".", flags.config).load_with_key(master_key_file)
+    config = StoreFlags(flags.db or ".", flags.config).load_with_key(master_key_file)
     manifest = backup.verify(str(path))
-    findings, counts, opened = _records(chosen, str(path / backup.STORE))
+    findings, counts, opened = _records(config, str(path / backup.STORE))
     records = counts.get("threads", 0) + counts.get("messages", 0)
     unread = [finding for finding in findings if finding.kind in ("damaged", "unreadable")]
     refused = sum(finding.kind == "unreadable" for finding in unread)
@@ -267,7 +267,7 @@ def verify(
         text = f"no {KMS_ARCHIVE} in it: verify the key service's archive by itself, with minikms backup verify"
         print_result(page, text, json=json)
         return 0
-    return _minikms(["verify", str(path / KMS_ARCHIVE)], chosen, master_key_fd, page if json else None)
+    return _minikms(["verify", str(path / KMS_ARCHIVE)], config, master_key_fd, page if json else None)
 
 
 def _records(config: Config, store: str) -> Report:
@@ -295,22 +295,22 @@ def restore(
     path = existing_directory(backup_path)
     if flags.load_for_store().store.url:
         raise CommandError(OF_A_DATABASE)
-    chosen = flags.load_with_key(master_key_file)
+    config = flags.load_with_key(master_key_file)
     backup.verify(str(path))
-    if os.path.isdir(chosen.store_dir) and os.listdir(chosen.store_dir):
-        raise CommandError(f"{chosen.store_dir} is not empty: move its files away first", EXIT_FAILED)
+    if os.path.isdir(config.store_dir) and os.listdir(config.store_dir):
+        raise CommandError(f"{config.store_dir} is not empty: move its files away first", EXIT_FAILED)
     archive = path / KMS_ARCHIVE
-    page: dict[str, Any] = {"backup": str(path), "restored": str(chosen.store_dir), "key_service": None}
+    page: dict[str, Any] = {"backup": str(path), "restored": str(config.store_dir), "key_service": None}
     if archive.exists():  # the key service first: it may refuse its archive
-        words = ["restore", str(archive), "--data-dir", str(chosen.kms_data_dir), "--yes"]
+        words = ["restore", str(archive), "--data-dir", str(config.kms_data_dir), "--yes"]
         if newer_keyring is not None:
             words += ["--newer-keyring", str(newer_keyring)]
-        page["key_service"], refused = _run_minikms(words, chosen, master_key_fd, json=json)
+        page["key_service"], refused = _run_minikms(words, config, master_key_fd, json=json)
         if refused:
             return refused
-    backup.restore(str(path), str(chosen.store_dir))
+    backup.restore(str(path), str(config.store_dir))
     lines = (
-        f"Restored the store into {chosen.store_dir}. Start the server; if it says that it remembers a",
+        f"Restored the store into {config.store_dir}. Start the server; if it says that it remembers a",
         "later state of the key service, once with --accept-restore.",
     )
     print_result(page, lines, json=json)

@@ -54,16 +54,16 @@ def check(
     The damaged store that --drop-damaged replaces is set aside beside the new one, and registered as a backup. Exit
     status: 0 nothing is wrong, 1 something is wrong, 2 there is no store, or no record could be decrypted.
     """
-    chosen = flags.load_for_store()
-    path = chosen.store.url or str(chosen.store_dir)
+    config = flags.load_for_store()
+    path = config.store.url or str(config.store_dir)
     if drop_damaged and not repair:
         raise CommandError("--drop-damaged is for a repair: give --repair, too")
     dropped: list[Problem] = []
     fixed: list[Problem] = []
     try:
         if repair:
-            dropped, fixed = asyncio.run(_repair(chosen, path, drop=drop_damaged))
-        problems, counts, opened = asyncio.run(examine(chosen, path))
+            dropped, fixed = asyncio.run(_repair(config, path, drop=drop_damaged))
+        problems, counts, opened = asyncio.run(examine(config, path))
     except StoreLockedError:
         raise CommandError("the server has the store open: stop it for a repair, or check without --repair") from None
     except StoreDamagedError as error:

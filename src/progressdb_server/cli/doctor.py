@@ -48,11 +48,11 @@ def doctor(
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
     answer.
     """
-    chosen = flags.load_for_store()
+    config = flags.load_for_store()
     page: dict[str, Any] = {}
-    if chosen.store.url:
-        page["database"] = _examined(chosen.store, shown=not json)
-    client = AdminClient.from_config(chosen, url)
+    if config.store.url:
+        page["database"] = _examined(config.store, progress=not json)
+    client = AdminClient.from_config(config, url)
     page["readiness"] = client.call("GET", "/admin/readiness")
     found = conditions_of(page["readiness"])
     unseen = any(one.name == "key_service_unseen" for one in found)
@@ -78,7 +78,7 @@ def _listed(client: AdminClient, path: str) -> Iterator[dict[str, str]]:
         after = answer.get("next")
 
 
-def _examined(store: StoreSection, *, shown: bool) -> dict[str, Any]:
+def _examined(store: StoreSection, *, progress: bool) -> dict[str, Any]:
     """The page of the database, printed at once: the server may not answer."""
     page: dict[str, Any] = {}
     try:
@@ -88,13 +88,13 @@ def _examined(store: StoreSection, *, shown: bool) -> dict[str, Any]:
         page["problems"] = [error.explained]
     except FormatError as error:
         page["problems"] = [str(error)]
-    if shown and "schema" in page:
+    if progress and "schema" in page:
         standbys = f"synchronous standbys {page['standbys']}" if page["standbys"] else "no synchronous standby"
         if page["standbys"]:
             known = page["connected"] is not None
             standbys += f" ({page['connected']} connected)" if known else f" ({NOT_SEEN})"
         print(f"database: schema {page['schema']}, takes writes, {standbys}, {page['tls'] or 'a Unix socket'}")
-    for problem in page["problems"] if shown else ():
+    for problem in page["problems"] if progress else ():
         print(f"problem: {clean(problem)}")
     return page
 

@@ -63,8 +63,8 @@ def rotate_dek(
         "older_than": older_than,
         "kek_version": kek_version,
     }
-    chosen = {name: value for name, value in selections.items() if value}
-    if len(chosen) != 1:
+    filters = {name: value for name, value in selections.items() if value}
+    if len(filters) != 1:
         raise CommandError("name threads, or give one of --all, --older-than and --kek-version")
     client = admin.client()
     how: dict[str, object] = {}
@@ -79,14 +79,14 @@ def rotate_dek(
         starts = range(0, len(threads), THREADS_NAMED_MAX)
         parts: list[dict[str, object]] = [
             {"thread_ids": threads[start : start + THREADS_NAMED_MAX]} for start in starts
-        ] or [chosen]
+        ] or [filters]
         ids = []
         for part in parts:
             ids += client.call("POST", "/admin/rotate_deks", {**part, **how}, timeout_s=ROTATE_TIMEOUT_S)["job_ids"]
         begun = {"count": len(ids), "job_ids": ids}
     if not wait:
-        said = f"{counted(len(ids), 'job')} started: {' '.join(ids[:10])}{' …' if len(ids) > 10 else ''}"
-        print_result(begun, said, json=as_json)
+        text = f"{counted(len(ids), 'job')} started: {' '.join(ids[:10])}{' …' if len(ids) > 10 else ''}"
+        print_result(begun, text, json=as_json)
         return 0
     ended = [_watch(client, job_id) for job_id in ids]
     print_result(ended, [_sentence(job) for job in ended], json=as_json)
@@ -174,12 +174,12 @@ def prune(
     if sum(map(bool, (job_ids, older_than, every))) != 1:
         raise CommandError("name jobs, or give one of --older-than and --all")
     client = admin.client()
-    chosen = list(job_ids)
-    if not chosen:
-        chosen = [job["job_id"] for job in _jobs(client, "/admin/backups?") if _old(job, older_than)]
-    if chosen:
-        confirm(f"Remove the backups of {counted(len(chosen), 'job')} for good?", yes=yes)
-    removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in chosen]
+    jobs = list(job_ids)
+    if not jobs:
+        jobs = [job["job_id"] for job in _jobs(client, "/admin/backups?") if _old(job, older_than)]
+    if jobs:
+        confirm(f"Remove the backups of {counted(len(jobs), 'job')} for good?", yes=yes)
+    removed = [client.call("DELETE", f"{_target(job)}/backups", timeout_s=ROTATE_TIMEOUT_S) for job in jobs]
     total = sum(one["removed"] for one in removed)
     print_result(removed, f"{counted(total, 'backup')} of {counted(len(removed), 'job')} removed", json=as_json)
 
@@ -189,8 +189,8 @@ def restore(job_id: JobId, *, as_json: Json = False, admin: AdminFlags = AdminFl
     """Restore the records that a job re-encrypted. The planned destruction of the old key is cancelled."""
     client = admin.client()
     outcome = client.call("POST", f"{_target(job_id)}/restore", timeout_s=ROTATE_TIMEOUT_S)
-    said = f"{counted(outcome['restored'], 'record')} restored, {outcome['kept']} left: they were changed since"
-    print_result(outcome, said, json=as_json)
+    text = f"{counted(outcome['restored'], 'record')} restored, {outcome['kept']} left: they were changed since"
+    print_result(outcome, text, json=as_json)
 
 
 def _old(job: dict[str, Any], older_than: str) -> bool:
@@ -210,7 +210,7 @@ def _watch(client: AdminClient, job_id: str) -> dict[str, Any]:
     job: dict[str, Any] = client.call("GET", _target(job_id))
     what = _what(job)
     lost_at: float | None = None
-    with progress_bar(f"{what}: rotating", shown=True) as progress:
+    with progress_bar(f"{what}: rotating", visible=True) as progress:
         while job["status"] not in _OVER:
             try:
                 for job in client.events(f"{_target(job_id)}/events"):

@@ -51,15 +51,15 @@ def status(
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
-    chosen = flags.load(with_data=False).config
-    if url is None and not chosen.storage.db_path and not chosen.store.url and is_own(_OWN_DIRECTORY, stat.S_ISDIR):
+    config = flags.load(with_data=False).config
+    if url is None and not config.storage.db_path and not config.store.url and is_own(_OWN_DIRECTORY, stat.S_ISDIR):
         flags = StoreFlags(_OWN_DIRECTORY, flags.config)
         say_chosen("--db", _OWN_DIRECTORY)
-    chosen = flags.load(with_data=url is None).config
-    if not _knows_key_service(chosen) and (found := found_socket(None)):
-        chosen = replace(chosen, kms=replace(chosen.kms, socket=found))
+    config = flags.load(with_data=url is None).config
+    if not _knows_key_service(config) and (found := found_socket(None)):
+        config = replace(config, kms=replace(config.kms, socket=found))
     while True:
-        page, exit_status = _ask(chosen, url)
+        page, exit_status = _ask(config, url)
         if watch and not json and sys.stdout.isatty():
             print("\x1b[H\x1b[2J", end="")  # the next page takes the place of the one before
         print_result(page, _lines(page), json=json)
@@ -69,10 +69,10 @@ def status(
         time.sleep(interval)
 
 
-def _ask(chosen: Config, url: str | None) -> tuple[dict[str, Any], int]:
+def _ask(config: Config, url: str | None) -> tuple[dict[str, Any], int]:
     """The page, and the exit status that it gives."""
-    client = AdminClient.from_config(chosen, url)
-    place = {"url": chosen.kms.url} if chosen.kms.url else {"socket": str(chosen.kms_socket)}
+    client = AdminClient.from_config(config, url)
+    place = {"url": config.kms.url} if config.kms.url else {"socket": str(config.kms_socket)}
     page: dict[str, Any] = {"server": {"url": client.url}, "key_service": place}
     exit_status = 0
     try:
@@ -85,13 +85,13 @@ def _ask(chosen: Config, url: str | None) -> tuple[dict[str, Any], int]:
     except AdminError as error:
         page["server"]["error"] = str(error)
         exit_status = 1
-    if not _knows_key_service(chosen):
+    if not _knows_key_service(config):
         del page["key_service"]["socket"]
         page["key_service"]["status"] = "not asked: give --db or MINIKMS_SOCKET"
-    elif chosen.kms.provider == "local":
+    elif config.kms.provider == "local":
         page["key_service"] |= {"status": "ok", "local": True}
     else:
-        exit_status = max(exit_status, _ask_key_service(chosen, page["key_service"]))
+        exit_status = max(exit_status, _ask_key_service(config, page["key_service"]))
     return page, exit_status
 
 
@@ -146,8 +146,8 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     yield f"server       {server.get('status', 'refuses')}: {server['url']}"
     if "threads" in server:
         yield f"  holds      {counted(server['threads'], 'thread')}, {counted(server['messages'], 'message')}"
-    said = conditions_of(server)
-    yield from (f"  {line}" for line in condition_lines(said))
+    conditions = conditions_of(server)
+    yield from (f"  {line}" for line in condition_lines(conditions))
     if "error" in server:
         yield f"  error      {server['error']}"
     place = kms.get("serving") or kms.get("url") or kms.get("socket")
@@ -160,7 +160,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         yield f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}"
     if "error" in kms:
         yield f"  error      {kms['error']}"
-    own = [condition for condition in conditions_of(kms) if condition not in said]
+    own = [condition for condition in conditions_of(kms) if condition not in conditions]
     yield from (f"  {line}" for line in condition_lines(own))
 
 

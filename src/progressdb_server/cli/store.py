@@ -47,8 +47,8 @@ def upgrade(*, url: Url = None, config: ConfigFile = None, json: Json = False) -
     """Bring the tables to this version. Servers of an earlier version write nothing from then on."""
     store_url = _url(url, config)
     before, after = asyncio.run(places.module_of(store_url, "tables").upgrade(store_url))
-    said = f"the store has schema {after}" + ("" if after == before else f", and had {before}")
-    print_result({"schema": after, "before": before}, said, json=json)
+    text = f"the store has schema {after}" + ("" if after == before else f", and had {before}")
+    print_result({"schema": after, "before": before}, text, json=json)
 
 
 @app.command(name="copy")
@@ -65,7 +65,7 @@ def copy(
     """
     old, new = (place if places.is_url(place) else str(Path(place).absolute() / "store") for place in (source, target))
     try:
-        with progress_bar("Copying", shown=not json) as progress:
+        with progress_bar("Copying", visible=not json) as progress:
             done = asyncio.run(copying.copy(old, new, progress))
     except StoreLockedError as error:
         raise CommandError(f"{error}: stop it, then run the command again") from None

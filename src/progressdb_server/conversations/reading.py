@@ -367,30 +367,30 @@ class Reading:
 
     # --- lists ----------------------------------------------------------------------------------------------------
     async def messages(
-        self, thread_id: str, *, asked: MessageRange = WHOLE, tag: str | None = None
+        self, thread_id: str, *, range_: MessageRange = WHOLE, tag: str | None = None
     ) -> AsyncIterator[list[Message]]:
         """Chunks, in order of creation, latest version of each; one that does not open has `error`. An unknown thread
         yields nothing. An empty chunk says that the next one has to wait. `tag`: the `list_tag` of what is asked, for
         `list_unchanged`."""
         prefix = keyspace.order(thread_id)
         lower, upper = prefix, keyspace.after(prefix)
-        if asked.after is not None:
-            lower = keyspace.next_key(prefix + _first_stamp(asked.after))
-        if asked.before is not None:
-            upper = prefix + _first_stamp(asked.before)
+        if range_.after is not None:
+            lower = keyspace.next_key(prefix + _first_stamp(range_.after))
+        if range_.before is not None:
+            upper = prefix + _first_stamp(range_.before)
         newest = await self._reads.keys(lower, upper, limit=1, reverse=True)
-        if not newest or asked.limit == 0:
+        if not newest or range_.limit == 0:
             return
         upper = keyspace.next_key(newest[0])
-        if asked.limit is not None:
-            lower = await self._start_of_last(asked.limit, lower, upper, asked.include_deleted)
+        if range_.limit is not None:
+            lower = await self._start_of_last(range_.limit, lower, upper, range_.include_deleted)
         loop = asyncio.get_running_loop()
         opening: deque[asyncio.Task[list[Message]]] = deque()
-        given = Given()
+        cursor = Given()
         try:
-            async with contextlib.aclosing(self._batches(thread_id, lower, upper, asked.include_deleted)) as batches:
+            async with contextlib.aclosing(self._batches(thread_id, lower, upper, range_.include_deleted)) as batches:
                 async for batch in batches:
-                    opening.append(loop.create_task(self._list(thread_id, batch, given)))
+                    opening.append(loop.create_task(self._list(thread_id, batch, cursor)))
                     if len(opening) > LIST_BATCHES_AHEAD:
                         yield await opening.popleft()
                         yield []  # the next one has to wait for the key service
@@ -400,19 +400,19 @@ class Reading:
                 yield await opening.popleft()
                 if opening:
                     yield []
-            if tag is not None and given.whole and tag == await self.list_tag(thread_id, asked):
-                self.validators.remember(tag, given.key_ids)
+            if tag is not None and cursor.whole and tag == await self.list_tag(thread_id, range_):
+                self.validators.remember(tag, cursor.key_ids)
         finally:  # the reader went away, or a batch failed
             await _cancel(opening)
 
-    async def _list(self, thread: str, batch: Sequence[LoadedVersion], given: Given) -> list[Message]:
-        answers = await self._answers(thread, batch, used=given.key_ids)
+    async def _list(self, thread: str, batch: Sequence[LoadedVersion], cursor: Given) -> list[Message]:
+        answers = await self._answers(thread, batch, used=cursor.key_ids)
         messages = [_latest(thread, loaded, answers) for loaded in batch]
         if [message for message in messages if message.error]:  # of a thousand, a list is faster than `any`
-            given.whole = False
+            cursor.whole = False
         return messages
 
-    async def list_tag(self, thread_id: str, asked: MessageRange) -> str:
+    async def list_tag(self, thread_id: str, range_: MessageRange) -> str:
         """An opaque text for this list as it is now. It changes with every change of the thread's messages and at each
         start."""
         prefix = keyspace.messages(thread_id)
@@ -422,7 +422,7 @@ class Reading:
             thread_id.encode(),
             newest[0] if newest else None,
             state.key_raw if state is not None else None,
-            msgspec.msgpack.encode(asked),
+            msgspec.msgpack.encode(range_),
         )
 
     async def list_unchanged(self, thread_id: str, tag: str) -> bool:

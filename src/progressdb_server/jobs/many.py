@@ -85,16 +85,16 @@ class RotationsOfMany(WorkingKind):
 
     async def _ended(self, walk: Job) -> AsyncIterator[tuple[str, bool]]:
         """Each thread whose rotation has ended, in the order of the walk, and whether it is done."""
-        begun: deque[tuple[str, str]] = deque()
+        running: deque[tuple[str, str]] = deque()
         async for thread in self._threads(walk):
             # A walk over keys may come to the new key of a thread.
-            job_id = None if any(thread == one for one, _ in begun) else await self._begin(walk, thread)
+            job_id = None if any(thread == one for one, _ in running) else await self._begin(walk, thread)
             if job_id is not None:
-                begun.append((thread, job_id))
-            if len(begun) == AHEAD_MAX:
-                yield await self._end(*begun.popleft())
-        while begun:
-            yield await self._end(*begun.popleft())
+                running.append((thread, job_id))
+            if len(running) == AHEAD_MAX:
+                yield await self._end(*running.popleft())
+        while running:
+            yield await self._end(*running.popleft())
 
     def _threads(self, walk: Job) -> AsyncIterator[str]:
         due = _due(walk)

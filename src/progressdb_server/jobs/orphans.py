@@ -111,17 +111,17 @@ class OrphanedKeys(Kind):
             yield orphans
             await asyncio.sleep(0 if page.next_cursor is None else PAGE_PAUSE_S)
 
-    async def lost(self, asked: Page | None = None) -> AsyncIterator[list[tuple[str, str]]]:
+    async def lost(self, page: Page | None = None) -> AsyncIterator[list[tuple[str, str]]]:
         """The threads whose key the key service does not have, with the key; those among a page of threads. Raises
         KmsError, StoreUnavailableError."""
         looked_at = 0
-        async for thread in self.store.rekeying.threads("" if asked is None else asked.cursor):
+        async for thread in self.store.rekeying.threads("" if page is None else page.cursor):
             key_id = await self.store.rekeying.key_of_thread(thread)
             if key_id is not None and not await self._has(key_id):
                 yield [(thread, key_id)]
             looked_at += 1
-            if asked is not None and looked_at == asked.limit:
-                asked.following = thread
+            if page is not None and looked_at == page.limit:
+                page.following = thread
                 return
 
     async def _has(self, key_id: str) -> bool:

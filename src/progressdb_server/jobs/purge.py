@@ -89,13 +89,13 @@ class ThreadPurge(WorkingKind):
         if not self.after_s or not await self._believes_clock():
             return
         await self.provider.list_keys(thread_id=None, state=None, cursor=None, limit=1)  # each purge needs it
-        begun: set[str] = set()
+        threads: set[str] = set()
         async for jobs in self.table.pages():
-            begun |= {job.thread for job in jobs if job.kind == self.name and job.state != "done"}
+            threads |= {job.thread for job in jobs if job.kind == self.name and job.state != "done"}
             await asyncio.sleep(0)
         async for page in self.store.purging.deleted(self._before_ns):
             for thread in page:
-                if thread not in begun:
+                if thread not in threads:
                     await self.runner.place()
                     with contextlib.suppress(JobConflictError):  # tried again in an hour
                         await self.runner.add(self, thread, trigger="deleted_after")

@@ -324,8 +324,8 @@ class Supervisor:
         if await self._await_answer(None, found_s_max):
             self._log.info("using the miniKMS of another server")
             return True
-        said = " / ".join(child.last_lines) or "nothing"
-        self._reason = f"the one that was spawned did not come up, and said: {said}"
+        output = " / ".join(child.last_lines) or "nothing"
+        self._reason = f"the one that was spawned did not come up, and said: {output}"
         return False
 
     def _close_key(self) -> None:

@@ -132,8 +132,8 @@ class Checker:
     async def _judge_all(self, chunk: Sequence[tuple[bytes, bytes]]) -> list[Problem]:
         """The rules of all entries side by side, so that a round trip answers what they look up at a time."""
         findings: list[list[Problem]] = [[] for _ in chunk]
-        begun = [self._collect(*entry, into) for entry, into in zip(chunk, findings, strict=True)]
-        ready: dict[Coroutine[_Lookup, bytes | None, None], _Answer] = dict.fromkeys(begun)
+        passes = [self._collect(*entry, into) for entry, into in zip(chunk, findings, strict=True)]
+        ready: dict[Coroutine[_Lookup, bytes | None, None], _Answer] = dict.fromkeys(passes)
         waiting: dict[Coroutine[_Lookup, bytes | None, None], _Lookup] = {}
         try:
             while ready:
@@ -147,7 +147,7 @@ class Checker:
                 ready = {judging: answers[lookup] for judging, lookup in waiting.items() if lookup in answers}
                 waiting = {judging: lookup for judging, lookup in waiting.items() if lookup not in answers}
         finally:
-            for judging in begun:
+            for judging in passes:
                 judging.close()
         return [finding for of_entry in findings for finding in of_entry]
 

@@ -23,7 +23,7 @@ async def tag_of(store: Conversations, thread: str = "t", **asked: Any) -> str:
 async def read(store: Conversations, thread: str = "t", **asked: Any) -> str:
     """Reads the whole list under its tag."""
     tag = await tag_of(store, thread, **asked)
-    async for _ in store.reading.messages(thread, asked=MessageRange(**asked), tag=tag):
+    async for _ in store.reading.messages(thread, range_=MessageRange(**asked), tag=tag):
         pass
     return tag
 

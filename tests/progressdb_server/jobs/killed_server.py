@@ -97,7 +97,7 @@ async def read(store: Conversations) -> None:
     while True:
         try:
             await store.threads.get(THREAD)
-            async for _ in store.reading.messages(THREAD, asked=MessageRange(include_deleted=True)):
+            async for _ in store.reading.messages(THREAD, range_=MessageRange(include_deleted=True)):
                 pass
         except StoreUnavailableError:
             await asyncio.sleep(0.01)

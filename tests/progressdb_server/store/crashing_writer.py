@@ -39,7 +39,7 @@ async def step(store: Conversations, author: str, own: list[Message]) -> Message
         own.remove(message)
         await store.messages.delete(message.id, author=author)
         return await store.reading.message(message.id)
-    async for _ in store.reading.messages(message.thread, asked=MessageRange(limit=50, include_deleted=True)):
+    async for _ in store.reading.messages(message.thread, range_=MessageRange(limit=50, include_deleted=True)):
         pass
     return None
 

@@ -109,7 +109,7 @@ async def becomes(condition: Callable[[], bool]) -> None:
 
 
 async def messages_of(store: Conversations, thread: str, **asked: Any) -> list[Message]:
-    chunks = store.reading.messages(thread, asked=MessageRange(**asked))
+    chunks = store.reading.messages(thread, range_=MessageRange(**asked))
     return [message async for chunk in chunks for message in chunk]
 
 

@@ -159,7 +159,7 @@ async def list_of_messages(
     held = request.headers.get(head.IF_NONE_MATCH)
     if held is not None and head.names_tag(held, tag.encode()) and await store.reading.list_unchanged(thread_id, tag):
         return ApiResponse(304, content_type=None, headers=headers)
-    chunks = store.reading.messages(thread_id, asked=page, tag=tag)
+    chunks = store.reading.messages(thread_id, range_=page, tag=tag)
     return JsonList(b'{"thread":' + encode_json(thread_id) + b',"messages":[', chunks, headers=headers)
 
 

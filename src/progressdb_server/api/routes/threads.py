@@ -84,13 +84,13 @@ async def _received(request: ApiRequest) -> ThreadBody:
     return sent
 
 
-def _checked_members(request: ApiRequest, given: object) -> list[str]:
+def _checked_members(request: ApiRequest, members: object) -> list[str]:
     """The members that a new thread begins with. Raises ApiError 400."""
-    if given is None or request.acting_user is not None:
+    if members is None or request.acting_user is not None:
         return []
-    if not isinstance(given, list) or not all(isinstance(member, str) for member in given):
+    if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
         raise bad_request(INVALID_MEMBERS)
-    return checked_members(given)
+    return checked_members(members)
 
 
 def checked_members(members: list[str]) -> list[str]:

@@ -85,14 +85,14 @@ class AuditorClient:
         try:
             connection = await ClientConnection.open(SocketEndpoint(self._path, self._uids), CONNECT_S_MAX)
             try:
-                found = await connection.exchange(
+                answer = await connection.exchange(
                     PATH.encode(), msgspec.json.encode(question), None, ANSWER_SECONDS_MAX
                 )
             finally:
                 connection.close()
-            if found.status == 200:
-                return msgspec.json.decode(found.body, type=AuditAnswer)
-            raise AuditorError(msgspec.json.decode(found.body, type=ErrorAnswer).error.rstrip("."))
+            if answer.status == 200:
+                return msgspec.json.decode(answer.body, type=AuditAnswer)
+            raise AuditorError(msgspec.json.decode(answer.body, type=ErrorAnswer).error.rstrip("."))
         except KmsUntrustedServerError as error:
             raise AuditorError(f"{error}; name its user in `viewer.audit_server_uids`") from None
         except KmsTimeoutError:
@@ -116,8 +116,8 @@ def question(form: Mapping[str, str], **more: str | tuple[str, ...]) -> AuditQue
 def _nanoseconds(text: str) -> int:
     """Unix time of a time in ISO 8601, in UTC if it names no zone; 0 for an empty one. Raises ApiError 400."""
     try:
-        found = datetime.fromisoformat(text) if text else datetime.fromtimestamp(0, UTC)
-        seconds = int((found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp())
+        moment = datetime.fromisoformat(text) if text else datetime.fromtimestamp(0, UTC)
+        seconds = int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
     except (ValueError, OverflowError):
         raise bad_request(BAD_TIME) from None
     if not 0 <= seconds < 2**33:

@@ -95,27 +95,27 @@ class Browser:
 
     async def messages(self, thread: str, *, before: str = "", after: str = "", opened: bool = True) -> MessagePage:
         """The newest messages, or those next to a message id. Raises MessageNotFoundError for a malformed id."""
-        found, more = await self._store.reading.page(
+        page, more = await self._store.reading.page(
             thread, before=before, after=after, limit=PAGE_MESSAGES, versions_max=VERSIONS_MAX, opened=opened
         )
-        if not found:
+        if not page:
             return MessagePage([], older=bool(after), newer=bool(before))
-        keys = await self._keys(found) if opened else _Keys({}, {})
-        shown = [ShownMessage(version.message, version.versions, _protection(version, keys)) for version in found]
-        return MessagePage(shown, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
+        keys = await self._keys(page) if opened else _Keys({}, {})
+        messages = [ShownMessage(version.message, version.versions, _protection(version, keys)) for version in page]
+        return MessagePage(messages, older=bool(after) or more, newer=bool(before) or (bool(after) and more))
 
     async def message(self, message: str, *, opened: bool = True) -> VersionPage:
         """The newest versions of a message. Raises MessageNotFoundError."""
-        found, more = await self._store.reading.version_page(message, VERSIONS_MAX, opened=opened)
-        keys = await self._keys(found) if opened else _Keys({}, {})
-        return VersionPage([(version.message, _protection(version, keys)) for version in found], more)
+        versions, more = await self._store.reading.version_page(message, VERSIONS_MAX, opened=opened)
+        keys = await self._keys(versions) if opened else _Keys({}, {})
+        return VersionPage([(version.message, _protection(version, keys)) for version in versions], more)
 
     # --- keys -----------------------------------------------------------------------------------------------------
-    async def _keys(self, shown: Sequence[StoredVersion]) -> _Keys:
+    async def _keys(self, versions: Sequence[StoredVersion]) -> _Keys:
         """The DEKs of these records and all KEKs, as far as the key service has them. Messages can be shown without."""
         deks: dict[str, api.KeyAnswer] = {}
         try:
-            for key_id in {version.key_id for version in shown if version.key_id}:  # of a thread, one or a few
+            for key_id in {version.key_id for version in versions if version.key_id}:  # of a thread, one or a few
                 with contextlib.suppress(KmsRefusedError):
                     deks[key_id] = await self._provider.get_key(key_id)
             status = await self._provider.status()

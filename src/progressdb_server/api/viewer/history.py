@@ -74,5 +74,5 @@ class History:
         ]
 
     def _pairs(self, day: bool) -> list[tuple[float, Totals, float, Totals]]:
-        taken = list((self._day if day else self._hour).taken)
-        return [(*one, *other) for one, other in itertools.pairwise(taken)]
+        samples = list((self._day if day else self._hour).taken)
+        return [(*one, *other) for one, other in itertools.pairwise(samples)]

@@ -253,9 +253,9 @@ class Viewer:
         async def read(opened: bool) -> ThreadPage:
             return await self._browser.threads(author=author, id_prefix=wanted, cursor=cursor, opened=opened)
 
-        found, problem = await self._opened(read)
+        page, problem = await self._opened(read)
         stats = await self._store.stats()
-        return _page("threads", session, found=found, wanted=wanted, author=author, stats=stats, problem=problem)
+        return _page("threads", session, found=page, wanted=wanted, author=author, stats=stats, problem=problem)
 
     async def _thread(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show a conversation, and the key that encrypts each message."""
@@ -269,8 +269,8 @@ class Viewer:
             thread = await self._browser.thread(thread_id, opened=opened)
             return thread, await self._browser.messages(thread_id, before=before, after=after, opened=opened)
 
-        (thread, shown), problem = await self._opened(read)
-        return _page("thread", session, thread=thread, shown=shown, problem=problem)
+        (thread, page), problem = await self._opened(read)
+        return _page("thread", session, thread=thread, shown=page, problem=problem)
 
     async def _message(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the versions of a message."""
@@ -279,8 +279,8 @@ class Viewer:
         async def read(opened: bool) -> VersionPage:
             return await self._browser.message(message_id, opened=opened)
 
-        found, problem = await self._opened(read)
-        return _page("message", session, found=found, latest=found.versions[-1][0], problem=problem)
+        page, problem = await self._opened(read)
+        return _page("message", session, found=page, latest=page.versions[-1][0], problem=problem)
 
     async def _jobs_page(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the jobs and their progress."""
@@ -302,23 +302,23 @@ class Viewer:
         state: api.State | None = "active" if query["state"] == "active" else None
         if query["state"] == "retired":
             state = "retired"
-        found, problem, mistake = ViewerKeyPage([]), "", ""
+        page, problem, mistake = ViewerKeyPage([]), "", ""
         try:
             async with asyncio.timeout(OPEN_S_MAX):
                 if query["key"]:
-                    found = await self._key_browser.one(query["key"])
+                    page = await self._key_browser.one(query["key"])
                 else:
-                    found = await self._key_browser.page(thread=query["thread"], state=state, cursor=query["cursor"])
+                    page = await self._key_browser.page(thread=query["thread"], state=state, cursor=query["cursor"])
         except TimeoutError:
             problem = "it has not answered in time"
         except KmsError as error:
             if isinstance(error, KeyDestroyedError):
-                return _page("keys", session, found=found, query=query, problem="", mistake="", destroyed=True)
+                return _page("keys", session, found=page, query=query, problem="", mistake="", destroyed=True)
             if fault(error) is Fault.REQUEST and not isinstance(error, ForbiddenError):
                 mistake = str(error)
             else:
                 problem = str(error)
-        return _page("keys", session, found=found, query=query, problem=problem, mistake=mistake, destroyed=False)
+        return _page("keys", session, found=page, query=query, problem=problem, mistake=mistake, destroyed=False)
 
     async def _audit(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Search the audit log, newest lines first."""
@@ -508,9 +508,9 @@ async def _script(request: ApiRequest) -> ApiResponse:
 
 def _cookie(request: ApiRequest, name: str) -> str:
     """The value of a cookie; empty if there is none, or more than one of this name."""
-    given = request.headers.get(head.COOKIE, b"").decode("latin-1")
-    found = [value for key, _, value in (part.strip().partition("=") for part in given.split(";")) if key == name]
-    return found[0] if len(found) == 1 else ""
+    header = request.headers.get(head.COOKIE, b"").decode("latin-1")
+    values = [value for key, _, value in (part.strip().partition("=") for part in header.split(";")) if key == name]
+    return values[0] if len(values) == 1 else ""
 
 
 async def _form(request: ApiRequest, fields: frozenset[str]) -> dict[str, str]:

@@ -82,9 +82,9 @@ def new_token() -> str:
     return secrets.token_urlsafe(TOKEN_BYTES)
 
 
-def same(expected: str, given: str) -> bool:
-    """Whether two tokens are equal and not empty. Takes the same time for any `given` of one length."""
-    return bool(expected) and hmac.compare_digest(expected.encode(), given.encode("utf-8", "surrogatepass"))
+def same(expected: str, actual: str) -> bool:
+    """Whether two tokens are equal and not empty. Takes the same time for any `actual` of one length."""
+    return bool(expected) and hmac.compare_digest(expected.encode(), actual.encode("utf-8", "surrogatepass"))
 
 
 def _digest(token: str) -> bytes:

@@ -166,21 +166,21 @@ async def alone(url: str) -> AsyncIterator[PostgresEntries]:
 async def open_copy(url: str, source: str) -> AsyncIterator[PostgresEntries]:
     """For a copy of `source`. Raises StoreLockedError, FormatError for tables that hold
     something else, EngineUnavailableError."""
-    begun = begun_copy(source)
+    copy = begun_copy(source)
     async with connected(url) as connection:
         entries = PostgresEntries(connection)
         async with connection.transaction():
             await _lock(connection)
             number = await number_of(connection)
             if number == COPYING:
-                if await entries.get(keyspace.FORMAT) != begun:
+                if await entries.get(keyspace.FORMAT) != copy:
                     raise FormatError("another copy into the database has not ended: end it, or make a new database")
             else:
                 _check(number)
                 if await connection.fetchval("SELECT 1 FROM store_entry LIMIT 1"):
                     raise FormatError("the database holds another store: make a new one")
                 await connection.execute("UPDATE store_schema SET number = $1", COPYING)
-                await entries.put([(keyspace.FORMAT, begun)])
+                await entries.put([(keyspace.FORMAT, copy)])
         yield entries
         async with connection.transaction():
             await _lock(connection)

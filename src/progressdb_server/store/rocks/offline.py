@@ -29,13 +29,13 @@ async def alone(path: str) -> AsyncIterator[LocalEntries]:
 
 @asynccontextmanager
 async def open_copy(path: str, source: str) -> AsyncIterator[LocalEntries]:
-    engine, begun = RocksEngine(path), local.begun_copy(source)
+    engine, copy = RocksEngine(path), local.begun_copy(source)
     try:
         value = engine.get(keyspace.FORMAT)
         if value is None and not engine.scan(b"", keyspace.END, limit=1):
-            engine.write([(keyspace.FORMAT, begun)])
+            engine.write([(keyspace.FORMAT, copy)])
             engine.sync()
-        elif value != begun:
+        elif value != copy:
             raise FormatError(f"{path} holds another store, or another copy that has not ended")
         yield LocalEntries(engine)
         local.end_copy(engine)
