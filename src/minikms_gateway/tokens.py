@@ -160,13 +160,13 @@ def parse_keys(content: bytes) -> dict[str, Key]:
     use, or of a kind that is not for signatures by a private key, is left out.
     """
     try:
-        given = msgspec.json.decode(content, type=dict[str, Any]).get("keys")
+        members = msgspec.json.decode(content, type=dict[str, Any]).get("keys")
     except UNDECODABLE:
-        given = None
-    if not isinstance(given, list) or len(given) > KEYS_COUNT_MAX:
+        members = None
+    if not isinstance(members, list) or len(members) > KEYS_COUNT_MAX:
         raise StartError(f"no JWK set of at most {KEYS_COUNT_MAX} keys")
     keys: dict[str, Key] = {}
-    for one in given:
+    for one in members:
         if not isinstance(one, dict) or one.get("use", "sig") not in ("sig", "jwt-svid"):
             continue
         kid = one.get("kid")

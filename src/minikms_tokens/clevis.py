@@ -49,14 +49,14 @@ class ClevisWrapper:
 
     def wrap(self, key: memoryview, context: str) -> bytes:
         pin, config = self._config()
-        ended = self._run("encrypt", pin, json.dumps(config), given=key)
+        ended = self._run("encrypt", pin, json.dumps(config), stdin=key)
         blob = ended.output.strip()
         _check(blob, pin, config)
         return blob
 
     def unwrap(self, blob: bytes, context: str, into: memoryview) -> None:
         _check(blob, *self._config())
-        ended = self._run("decrypt", given=blob, into=into)
+        ended = self._run("decrypt", stdin=blob, into=into)
         give(into[: ended.output_bytes], into, "clevis")
 
     def _config(self) -> tuple[str, Any]:

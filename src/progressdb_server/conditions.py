@@ -150,8 +150,8 @@ class Look:
 
 
 def of_backup(newest_s: float, now_s: float, *, damage: str, of_server: bool) -> Iterator[Condition]:
-    """`newest_s`: Unix time, 0 without one, NaN if that can't be read. `of_server`: this server makes backups; otherwise
-    it knows those that somebody has registered."""
+    """`newest_s`: Unix time, 0 without one, NaN if that can't be read. `of_server`: this server makes backups; if
+    it does not, it knows those that somebody has registered."""
     command = f"progressdb backup {'create' if of_server else 'register'} NAME"
     if math.isnan(newest_s):
         yield state("backups_unknown")

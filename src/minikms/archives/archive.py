@@ -185,9 +185,9 @@ class ArchiveReader:
         """The manifest, after the root key's tag over the whole archive was checked. Raises ArchiveError."""
         if not self._manifest or not self._tags:
             raise ArchiveError("the backup is cut short")
-        given = roots.fingerprint(root)
+        actual = roots.fingerprint(root)
         for (slot_id, fingerprint), tag in zip(self._slots, self._tags, strict=True):
-            if fingerprint != given:
+            if fingerprint != actual:
                 continue
             with arena.allocate() as auth:
                 slots.auth_key_into(root, self.keyring_id, slot_id, auth.view)
@@ -200,7 +200,7 @@ class ArchiveReader:
             return manifest
         known = " or ".join(fingerprint for _, fingerprint in self._slots)
         raise OtherRootError(
-            f"the backup opens under root key {known}, the given one is {given}; give one that opened the keyring "
+            f"the backup opens under root key {known}, the given one is {actual}; give one that opened the keyring "
             "when the backup was made: --master-key-file FILE, or --root SOURCE"
         )
 

@@ -178,14 +178,13 @@ def verify(path: str, task: Task) -> VerifiedArchive:
     """
     with open_archive(path) as file:
         reader = ArchiveReader(file)
-        names = (keyring_file.NAME, tombstone_file.NAME)
-        contents = {entry.name: entry.content for entry in reader.entries(only=names)}
+        files = {entry.name: entry.content for entry in reader.entries(only=(keyring_file.NAME, tombstone_file.NAME))}
         manifest = reader.check_tag(task.root.view, task.arena)
-    if keyring_file.NAME not in contents:
+    if keyring_file.NAME not in files:
         raise ArchiveError(_INCOMPLETE)
-    data = contents[keyring_file.NAME]
+    data = files[keyring_file.NAME]
     with task.open_keyring(data) as unlocked:
-        stones = _tombstones(contents.get(tombstone_file.NAME), unlocked)
+        stones = _tombstones(files.get(tombstone_file.NAME), unlocked)
         destroyed = {bytes_to_key_id(stone.key) for stone in stones}
         retired = _check_entries(reread_entries(path, reader.sha256), manifest, unlocked, destroyed, task)
     return VerifiedArchive(manifest, data, reader.sha256, stones, retired)

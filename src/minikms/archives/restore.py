@@ -202,5 +202,5 @@ def _write_tombstones(
     chain = TombstoneChain(body.keyring_id)
     content = tombstones.HEADER + chain.append(unlocked.tombstone_key, stones)
     replace_file_from(directory_fd, tombstone_file.NAME, (content,))
-    made = tombstone_file.Tombstones(directory_fd, ReadTombstones(content, chain, 0, 0), intact=True)
-    return tombstone_file.OpenedTombstones(made, keyring.counting(body, chain.count, chain.head))
+    file = tombstone_file.Tombstones(directory_fd, ReadTombstones(content, chain, 0, 0), intact=True)
+    return tombstone_file.OpenedTombstones(file, keyring.counting(body, chain.count, chain.head))

@@ -323,7 +323,7 @@ def find(
 
     if not (thread or key or actor or request or reads):
         raise CommandError("give something to find: --thread, --key, --actor, --request or --reads")
-    found = 0
+    lines = 0
     directory, keys = found_log(data_dir), chosen_data_dir(data_dir)
     index = readable_index(keys) if index is None else index
     lookup = Lookup(index, directory) if index else None
@@ -345,11 +345,11 @@ def find(
         )
         for line in find_lines(directory, sought, lookup):
             _print_lines([line], json=json)
-            found += 1
+            lines += 1
     if lookup is not None:
         count = lookup.taken + lookup.left_out
         complain(f"by {index}: {lookup.taken} of {count} blocks read, and {lookup.whole} files that it does not have")
-    return EXIT_GOOD if found else EXIT_FAILED
+    return EXIT_GOOD if lines else EXIT_FAILED
 
 
 @app.command(name="rotate-key")

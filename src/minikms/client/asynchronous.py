@@ -226,11 +226,11 @@ class AsyncClient(BaseClient, Verbs, AsyncRunner):
             raise KmsClosedError("the client is closed")
         proxied, endpoint = self._proxied, attempts.endpoint
         if batched is not None:
-            kept = self._batch_connections.get(batched)
-            if kept is not None:
-                if kept.endpoint is endpoint and kept.usable and (not proxied or kept.is_current):
-                    return kept
-                kept.close()
+            idle = self._batch_connections.get(batched)
+            if idle is not None:
+                if idle.endpoint is endpoint and idle.usable and (not proxied or idle.is_current):
+                    return idle
+                idle.close()
             connection = self._batch_connections[batched] = await self._open(attempts)
             return connection
         fresh_s = asyncio.get_running_loop().time() - POOL_IDLE_S_MAX

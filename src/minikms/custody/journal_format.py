@@ -172,14 +172,14 @@ class Chain(NamedTuple):
     contents: tuple[bytes, ...]
     made: bool
 
-    def due(self, found: bytes | None, has_kek: Callable[[int], bool]) -> bytes | None:
+    def due(self, file: bytes | None, has_kek: Callable[[int], bool]) -> bytes | None:
         """What a replay writes into the file with this content (None: it is absent); None: nothing. `has_kek`: whether
         the keyring can use a KEK version.
 
         It is the newest content that opens under the keyring. If none does, it is the last one, for a keyring that is
         put back, but nothing for a new key, which that keyring never knew.
         """
-        if not self.is_due(found):
+        if not self.is_due(file):
             return None
         for content in reversed(self.contents):
             if dek.is_usable(content, self.key_id, has_kek):

@@ -73,10 +73,10 @@ class EncryptedStore(BaseStore):
             for op in ops
         ]
         results = yield ask_inner("batch", stored)
-        found = [_found(op, result) for op, result in zip(ops, results, strict=True)]
-        places = [(_place(item.namespace, item.key), from_json(item.value)) for items in found for item in items]
+        checked = [_found(op, result) for op, result in zip(ops, results, strict=True)]
+        places = [(_place(item.namespace, item.key), from_json(item.value)) for items in checked for item in items]
         plaintexts = iter((yield from self._sealer.open(places)))
-        opened = [[_with_value(item, next(plaintexts)) for item in items] for items in found]
+        opened = [[_with_value(item, next(plaintexts)) for item in items] for items in checked]
         return [
             items if isinstance(op, SearchOp) else items[0] if items else result
             for op, result, items in zip(ops, results, opened, strict=True)

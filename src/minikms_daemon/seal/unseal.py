@@ -182,17 +182,17 @@ class Unsealing:
         self._shares.clear()
         self._opener.discard_source()
 
-    def unseal(self, who: Principal, secret: SecretSlot | SecretText | None) -> Awaitable[Reply]:
+    def unseal(self, who: Principal, text: SecretSlot | SecretText | None) -> Awaitable[Reply]:
         """Tries a root key, takes the text of a share, or (None) tries the daemon's own source. After a
-        KmsRefusedError the daemon is sealed. The caller releases `secret`.
+        KmsRefusedError the daemon is sealed. The caller releases `text`.
         """
-        return self._unseal(who, secret, self._state.seals)
+        return self._unseal(who, text, self._state.seals)
 
-    async def _unseal(self, who: Principal, secret: SecretSlot | SecretText | None, seals: int) -> Reply:
+    async def _unseal(self, who: Principal, text: SecretSlot | SecretText | None, seals: int) -> Reply:
         async with self.one_attempt:
             self._require_rights(who)
-            self._check_may_try(who, secret)
-            kind: Kind = "from_source" if secret is None else "share" if isinstance(secret, SecretText) else "root_hex"
+            self._check_may_try(who, text)
+            kind: Kind = "from_source" if text is None else "share" if isinstance(text, SecretText) else "root_hex"
             attempt = await self.attempts.begin(who, kind)
             await self._files_closed()
             self._state.check_no_seal_since(seals)
@@ -201,8 +201,8 @@ class Unsealing:
             except KmsRefusedError:
                 await self.attempts.end(attempt, "failed")
                 raise
-            if isinstance(secret, SecretText):
-                share, root = await self._take_share(attempt, secret)
+            if isinstance(text, SecretText):
+                share, root = await self._take_share(attempt, text)
                 if root is None:
                     return json_answer(self.status())
                 try:
@@ -214,19 +214,18 @@ class Unsealing:
                 finally:
                     self._shares.take_back(share)  # unless it was zeroed meanwhile
             else:
-                key = self._process.settings.root if secret is None else GivenKey(secret)
-                await self._try(who, attempt, key, seals)
+                await self._try(who, attempt, self._process.settings.root if text is None else GivenKey(text), seals)
             return json_answer(api.UnsealStatusAnswer(sealed=False))
 
     def _require_rights(self, who: Principal) -> None:
         """After a wait, before a key is used: the policy may have changed. Raises UnauthorizedError, ForbiddenError."""
         renewed(who, self._process.policy.policy, api.UNSEAL)
 
-    def _check_may_try(self, who: Principal, secret: SecretSlot | SecretText | None) -> None:
+    def _check_may_try(self, who: Principal, text: SecretSlot | SecretText | None) -> None:
         if not self._state.is_sealed:
             raise NotSealedError("the key service is not sealed")
         self.attempts.check_pause(who)
-        if secret is None and not self._opener.source_is_readable:
+        if text is None and not self._opener.source_is_readable:
             raise ConflictError(
                 "the daemon's source of the root key can be read once only, and was read or closed: give the root key, "
                 "or restart the daemon with its source"

@@ -206,13 +206,13 @@ def _slot(body: Body, slot_id: str) -> RootSlot:
     return slot
 
 
-def _share_set(given: api.GivenShares | UnsetType) -> ShareSet | None:
-    if given is UNSET:
+def _share_set(request: api.GivenShares | UnsetType) -> ShareSet | None:
+    if request is UNSET:
         return None
-    if len(given.digests) > SHARES_COUNT_MAX or any(len(text) > _DIGEST_CHARS for text in given.digests):
+    if len(request.digests) > SHARES_COUNT_MAX or any(len(text) > _DIGEST_CHARS for text in request.digests):
         raise InvalidRequestError(_SHARES_TEXT)
-    digests = tuple(decode_canonical(text, keyring.HEAD_BYTES, "digests") for text in given.digests)
-    shares = ShareSet(given.set_id, given.threshold, len(digests), digests)
+    digests = tuple(decode_canonical(text, keyring.HEAD_BYTES, "digests") for text in request.digests)
+    shares = ShareSet(request.set_id, request.threshold, len(digests), digests)
     if not keyring.share_set_agrees(shares):
         raise InvalidRequestError(_SHARES_TEXT)
     return shares

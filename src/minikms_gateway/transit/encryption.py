@@ -111,7 +111,7 @@ async def decrypt(caller: TransitCaller, name: str, body: Records) -> bytes | Re
 async def rewrap(caller: TransitCaller, name: str, body: Records) -> bytes | Response:
     """One request for each version among the items."""
     items = _items(body, "ciphertext", "decrypt")
-    given = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
+    parts = [parsed(item.ciphertext, "ciphertext", "decrypt") for item in items]
 
     async def move(key: TransitKey) -> tuple[Results, int]:
         results: Results = [VaultError("")] * len(items)
@@ -120,7 +120,7 @@ async def rewrap(caller: TransitCaller, name: str, body: Records) -> bytes | Res
         for place, item in enumerate(items):
             try:
                 key.encrypts(item.key_version or 0)
-                key_id, record, aad = _opening(key, item, given[place])
+                key_id, record, aad = _opening(key, item, parts[place])
                 moved[key_id].append((record, aad))
                 places[key_id].append(place)
             except KmsRefusedError as error:
@@ -132,7 +132,7 @@ async def rewrap(caller: TransitCaller, name: str, body: Records) -> bytes | Res
                 results[place] = _result(outcome, prefix_of(key.latest))
         return results, key.latest
 
-    newest = max(_newest(given), *(item.key_version or 0 for item in items))
+    newest = max(_newest(parts), *(item.key_version or 0 for item in items))
     results, latest = await caller.using(name, move, at_least=newest)
     return _answer(body, items, results, latest)
 
@@ -275,13 +275,13 @@ def _newest(records: Sequence[tuple[int, str] | VaultError]) -> int:
     return max((each[0] for each in records if isinstance(each, tuple)), default=0)
 
 
-def _opening(key: TransitKey, item: RecordItem, given: tuple[int, str] | VaultError) -> tuple[str, bytes, bytes]:
+def _opening(key: TransitKey, item: RecordItem, part: tuple[int, str] | VaultError) -> tuple[str, bytes, bytes]:
     """The key id, the record and the `aad` of a ciphertext. Raises VaultError."""
-    if isinstance(given, VaultError):
-        raise given
-    key_id = key.decrypting(given[0])
+    if isinstance(part, VaultError):
+        raise part
+    key_id = key.decrypting(part[0])
     try:
-        record = decode_base64(given[1])
+        record = decode_base64(part[1])
     except VaultError:
         raise VaultError("invalid ciphertext: could not decode base64") from None
     if len(record) < api.SEAL_BYTES:

@@ -157,10 +157,10 @@ def _answer(body: Macs, items: Sequence[HmacItem], results: Sequence[str | bool 
     if body.batch_input is None and isinstance(results[0], VaultError):
         raise results[0]
     single = body.batch_input is None
-    shown = [
+    answers = [
         _shown(result, None if single else item.reference or "") for item, result in zip(items, results, strict=True)
     ]
-    return envelope(shown[0] if single else {"batch_results": shown})
+    return envelope(answers[0] if single else {"batch_results": answers})
 
 
 def _shown(result: str | bool | VaultError, reference: str | None) -> HmacResult:

@@ -333,8 +333,8 @@ class JobHandlers:
         page = _ORPHANS.read(request.query_params)
         return _ORPHANS.list(self._orphans(page), page)
 
-    async def _orphans(self, asked: Page | None) -> AsyncIterator[list[dict[str, str]]]:
-        async for page in self._jobs.orphans.find(asked):
+    async def _orphans(self, selection: Page | None) -> AsyncIterator[list[dict[str, str]]]:
+        async for page in self._jobs.orphans.find(selection):
             yield [{"key_id": key.key_id, "thread_id": key.thread_id, "created_at": key.created_at} for key in page]
 
     @_for_admins(
@@ -350,8 +350,8 @@ class JobHandlers:
         page = _LOST.read(request.query_params)
         return _LOST.list(self._lost(page), page)
 
-    async def _lost(self, asked: Page | None) -> AsyncIterator[list[dict[str, str]]]:
-        async for page in self._jobs.orphans.lost(asked):
+    async def _lost(self, selection: Page | None) -> AsyncIterator[list[dict[str, str]]]:
+        async for page in self._jobs.orphans.lost(selection):
             yield [{"key_id": key_id, "thread_id": thread_id} for thread_id, key_id in page]
 
     @_for_admins(

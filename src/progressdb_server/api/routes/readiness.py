@@ -155,10 +155,10 @@ class Readiness:
 
     def damage(self) -> str:
         """What is damaged; some threads can't be read then, and the others are served. Empty if nothing is."""
-        found = [f"the store is damaged: {', '.join(files)}"] if (files := sorted(self._store.engine.damaged)) else []
+        damage = [f"the store is damaged: {', '.join(files)}"] if (files := sorted(self._store.engine.damaged)) else []
         if records := self._store.unreadable:
-            found.append(f"{len(records):,} damaged or unreadable records were met, such as: {next(iter(records))}")
-        return "; ".join(found)
+            damage.append(f"{len(records):,} damaged or unreadable records were met, such as: {next(iter(records))}")
+        return "; ".join(damage)
 
     # --- handlers -------------------------------------------------------------------------------------------------
     @Operation("GET", READY_PATH, response=texts("status"), errors={503: (NOT_READY,)}, needs=NOTHING)

@@ -154,8 +154,8 @@ class Viewer:
             session = self.sessions.find(_cookie(request, SESSION_COOKIE), time.monotonic())
             if session is None:
                 place = request.path + (f"?{query}" if (query := request.query_string.decode("latin-1")) else "")
-                asked = f"?next={quote(place, safe='/')}" if _PLACE.fullmatch(place) and place != "/viewer/" else ""
-                return redirect(303, f"/viewer/login{asked if request.method == 'GET' else ''}")
+                suffix = f"?next={quote(place, safe='/')}" if _PLACE.fullmatch(place) and place != "/viewer/" else ""
+                return redirect(303, f"/viewer/login{suffix if request.method == 'GET' else ''}")
             request.viewer_key = session.key_number
             return await page(request, session)
 
@@ -255,7 +255,7 @@ class Viewer:
 
         page, problem = await self._opened(read)
         stats = await self._store.stats()
-        return _page("threads", session, found=page, wanted=wanted, author=author, stats=stats, problem=problem)
+        return _page("threads", session, page=page, wanted=wanted, author=author, stats=stats, problem=problem)
 
     async def _thread(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show a conversation, and the key that encrypts each message."""
@@ -270,7 +270,7 @@ class Viewer:
             return thread, await self._browser.messages(thread_id, before=before, after=after, opened=opened)
 
         (thread, page), problem = await self._opened(read)
-        return _page("thread", session, thread=thread, shown=page, problem=problem)
+        return _page("thread", session, thread=thread, page=page, problem=problem)
 
     async def _message(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the versions of a message."""
@@ -280,7 +280,7 @@ class Viewer:
             return await self._browser.message(message_id, opened=opened)
 
         page, problem = await self._opened(read)
-        return _page("message", session, found=page, latest=page.versions[-1][0], problem=problem)
+        return _page("message", session, page=page, latest=page.versions[-1][0], problem=problem)
 
     async def _jobs_page(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Show the jobs and their progress."""
@@ -313,12 +313,12 @@ class Viewer:
             problem = "it has not answered in time"
         except KmsError as error:
             if isinstance(error, KeyDestroyedError):
-                return _page("keys", session, found=page, query=query, problem="", mistake="", destroyed=True)
+                return _page("keys", session, page=page, query=query, problem="", mistake="", destroyed=True)
             if fault(error) is Fault.REQUEST and not isinstance(error, ForbiddenError):
                 mistake = str(error)
             else:
                 problem = str(error)
-        return _page("keys", session, found=page, query=query, problem=problem, mistake=mistake, destroyed=False)
+        return _page("keys", session, page=page, query=query, problem=problem, mistake=mistake, destroyed=False)
 
     async def _audit(self, request: ApiRequest, session: ViewerSession) -> ApiResponse:
         """Search the audit log, newest lines first."""
