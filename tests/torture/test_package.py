@@ -1,10 +1,11 @@
-"""A release, made twice; and its Debian package, installed on a bare Debian that systemd boots.
+"""A release, made again here and on two bare Debians; its package, installed on a bare Debian that systemd boots.
 
 Needs the network (Debian's packages, Python's packages), root, and some minutes.
 """
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -39,9 +40,14 @@ def run(*command: str | Path, at: Path = PROJECT, **environment: str) -> str:
     return done.stdout.strip()
 
 
+def sums_of(directory: Path) -> dict[str, str]:
+    lines = [line.split("  ") for line in (directory / "SHA256SUMS").read_text().splitlines()]
+    return {name: digest for digest, name in lines}
+
+
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for program in ("dpkg-deb", "help2man", "lintian", "ssh-keygen"):
+    for program in ("dpkg-deb", "help2man", "ssh-keygen"):
         needs.program(program)
     made = tmp_path_factory.mktemp("release")
     run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", made / "key")
@@ -58,9 +64,29 @@ def test_another_clone_makes_the_same_bytes(release: Path, tmp_path: Path) -> No
     assert (tmp_path / "dist/SHA256SUMS").read_text() == (release / "SHA256SUMS").read_text()
 
 
+@pytest.mark.parametrize("suite", ["trixie", "bookworm"])
+def test_a_bare_debian_makes_the_same_bytes(release: Path, tmp_path: Path, suite: str) -> None:
+    """With its own Python and tools, as another user. A package is for the Python of its Debian: it is compared where
+    this machine has that release.
+    """
+    needs.root()
+    needs.program("mmdebstrap")
+    bare, home = tmp_path / "debian", tmp_path / "debian/home/newcomer"
+    run("tools/bare_debian.sh", "make", bare, "git", "help2man", SUITE=suite)
+    run("git", "clone", "-q", "--no-hardlinks", PROJECT, home / "clone")
+    run("chown", "-R", f"--reference={home}", home / "clone")
+    run("tools/bare_debian.sh", "run", bare, "sh", "-c", "cd clone && python3 tools/release/dist.py dist")
+    sums, others = (sums_of(place) for place in (release, home / "clone/dist"))
+    if platform.freedesktop_os_release().get("VERSION_CODENAME") != suite:
+        for each in (sums, others):
+            del each[next(name for name in each if name.endswith(".deb"))]
+    assert sums == others
+    assert len(sums) >= 3
+    shutil.rmtree(bare)
+
+
 def test_checksums_and_signature_are_of_all_files(release: Path) -> None:
-    lines = [line.split("  ") for line in (release / "SHA256SUMS").read_text().splitlines()]
-    sums = {name: digest for digest, name in lines}
+    sums = sums_of(release)
     files = {path.name for path in release.iterdir()} - {"SHA256SUMS", "SHA256SUMS.sig"}
     assert sums == {name: hashlib.sha256((release / name).read_bytes()).hexdigest() for name in files}
     verify = ("ssh-keygen", "-Y", "verify", "-n", "file", "-I", "release", "-f", str(release.parent / "signers"))
@@ -69,6 +95,7 @@ def test_checksums_and_signature_are_of_all_files(release: Path) -> None:
 
 
 def test_lintian_accepts_the_package(release: Path) -> None:
+    needs.program("lintian")
     assert run("lintian", "--allow-root", "--fail-on", "error,warning", *release.glob("*.deb")) == ""
 
 

@@ -388,7 +388,7 @@ def hex_decode_into(source: memoryview, target: memoryview) -> None:
         if high | low == _HEX_INVALID:
             zero(target)
             raise KeyTextError(f"a key is {2 * SLOT_BYTES} hexadecimal characters")
-        target[index] = high << 4 | low
+        target[index] = high * 16 | low  # a shift of zero takes less time
 
 
 def hex_encode_into(source: memoryview, target: memoryview) -> None:
