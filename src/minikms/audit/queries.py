@@ -1,9 +1,9 @@
 """Reading a whole log: find events, verify everything.
 
-Owns: what a query matches, which keys a thread had, and feeding the files of a directory to the `Verifier`. Invariants:
-each file is read at most once, in bounded memory, beside a running daemon and without its lock; `find` does not verify
-what it reads; the findings that `verify_directory` adds are about whole files that are missing or damaged. It must
-never write, nor return a line that is malformed.
+Owns: what a query matches, which keys a thread had, and feeding the files of a directory to a `LogVerifier`.
+Invariants: each file is read at most once, in bounded memory, beside a running daemon and without its lock; `find` does
+not verify what it reads; the findings that `verify_directory` adds are about whole files that are missing or damaged.
+It must never write, nor return a line that is malformed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from minikms.audit.blocks import ACTOR, KEY, OUTCOME, THREAD, TYPE, Lookup, name
 from minikms.audit.following import segment_before
 from minikms.audit.reader import LOG_NAME, DamagedSegmentError, SegmentFile, each_segment, list_segments
 from minikms.audit.record import Event, LineRef, MalformedLineError, line_start
-from minikms.audit.rules import Trust, VerificationReport
-from minikms.audit.verify import Verifier
+from minikms.audit.rules import Trust
+from minikms.audit.verdict import LogVerifier, VerificationReport
 
 _PROGRESS_LINES = 10_000
 
@@ -198,7 +198,7 @@ def verify_directory(
     """
     after = segment_before(directory, from_checkpoint) if from_checkpoint else 0
     feeder = _Feeder(
-        Verifier(trust, expect_head=expect_head, from_signed_line=from_checkpoint > 0),
+        LogVerifier(trust, expect_head=expect_head, from_signed_line=from_checkpoint > 0),
         _bytes_on_disk(directory, after),
         progress,
         skip_to=from_checkpoint,
@@ -219,7 +219,7 @@ def verify_directory(
 class _Feeder:
     """Feeds files to a verifier, from the line `skip_to` on, and reports progress."""
 
-    def __init__(self, verifier: Verifier, total: int, progress: Progress | None, *, skip_to: int) -> None:
+    def __init__(self, verifier: LogVerifier, total: int, progress: Progress | None, *, skip_to: int) -> None:
         self.verifier = verifier
         self.files = 0
         self._total = total

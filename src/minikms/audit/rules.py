@@ -1,15 +1,11 @@
-"""Trust anchors, findings and report of a verification, and its rules about the chain and the audit key.
+"""Trust anchors and findings of a verification, and its rules about the chain and the audit key.
 
-Owns: `Trust`, `Finding` and `VerificationReport`; rules 4 and 5 of `minikms.audit.verify` (`ChainTracker`: `seq` and
-MAC) and rules 8 and 9 (`KeyTracker`: signatures and changes of the audit key). Invariants:
+Owns: `Trust` and `Finding`; rules 4 and 5 of `minikms.audit.verify` (`ChainTracker`: `seq` and MAC) and rules 8 and 9
+(`KeyTracker`: signatures and changes of the audit key). Invariants:
 
-- A report is intact only if there is no finding, and a MAC or a signature covers the lines that were verified.
-- A line whose `seq` is not the next one is a finding. It enters the chain only if a later line shows its position. Each
-  fault is one finding. A later line may make the finding more precise: the line was moved, or only its `seq` or its
-  `sig` was altered.
+- A line whose `seq` is not the next one is a finding, and does not enter the chain.
 - If an earlier fault prevents the check of a MAC, that fault has a finding.
 - If a key becomes active that the verifier doesn't trust and the active key didn't sign, there is a finding.
-- Memory is bounded by `FINDINGS_COUNT_MAX` and `REMEMBERED_COUNT_MAX`.
 
 It must never do I/O or copy a key.
 """
@@ -29,9 +25,6 @@ from minikms.audit.record import Event, Facts, LineRef
 
 FINDINGS_COUNT_MAX: Final = 100
 """Findings that are kept with their text. Further findings are only counted."""
-FINDINGS_COUNTED_MAX: Final = 10_000
-"""A verification ends after this number of findings, to bound its time: a small compressed file may contain any number
-of lines, and further findings would add no information."""
 
 Kind = Literal[
     "altered",  # a line, its MAC or the lines that a signed line covers were changed
@@ -76,57 +69,8 @@ AddFinding = Callable[[Kind, int, str], Finding]
 """Makes a finding from its kind, the seq of the line, and a sentence without a full stop."""
 
 
-class VerificationReport(msgspec.Struct):
-    """The result of a verification.
-
-    lines, lines_not_covered, lines_after_expected_head: numbers of lines; the last is None if no head was expected.
-    head: the head after the last line, None for an empty log. from_signed_line: the verification began at a signed line
-    and read nothing before it. covered_seq: the `seq` of the last line that a valid signature covers. key_version,
-    public_key: the audit key that is active at the end; public_key is None if no line names it. given_up: the
-    verification stopped early because of too many findings.
-    """
-
-    findings: list[Finding]
-    findings_count: int
-    lines: int
-    first_seq: int
-    from_signed_line: bool
-    head: LineRef | None
-    log_id: str
-    segments: int
-    checkpoints: int
-    covered_seq: int
-    lines_not_covered: int
-    lines_after_expected_head: int | None
-    key_version: int
-    public_key: bytes | None
-    macs_checked: bool
-    given_up: bool
-
-    @property
-    def conclusive(self) -> bool:
-        """Whether the MACs were checked or a valid signature covers a line. Otherwise the result is unknown."""
-        return self.lines > 0 and (self.macs_checked or self.covered_seq >= self.first_seq)
-
-    @property
-    def intact(self) -> bool:
-        return self.findings_count == 0 and self.conclusive
-
-
-REMEMBERED_COUNT_MAX: Final = 1000
-"""Missing lines, and lines that occur before their position, that are remembered by `seq` to explain later lines."""
-
-
-class _Misplaced(msgspec.Struct):
-    """A line that did not continue the chain; the next line may show why. A malformed line has seq 0 and sig None."""
-
-    finding: Finding
-    seq: int
-    sig: bytes | None
-
-
 class ChainTracker:
-    """Follows `seq` and MAC from line to line, and resumes after a fault.
+    """Follows `seq` and MAC from line to line, up to the first fault.
 
     key_version: version of the active audit key, which the verifier sets. head: the last line of the chain.
     """
@@ -139,25 +83,10 @@ class ChainTracker:
         self.previous_sig: bytes | None = None
         """MAC of the line before `head`, None if it is not known."""
         self._sig: bytes | None = None
-        self._misplaced: _Misplaced | None = None
-        self._recomputed: tuple[Finding, bytes] | None = None
-        """Finding about the MAC of the previous line, and the MAC that would be correct."""
-        self._early: dict[int, bytes] = {}
-        """`seq` → MAC of lines that occurred before their position."""
-        self._missing: dict[int, Finding] = {}
-        """`seq` → finding of missing lines."""
 
     @property
     def expected(self) -> int:
         return 1 if self.head is None else self.head.seq + 1
-
-    @property
-    def last(self) -> LineRef | None:
-        """The last line of the log, even if it did not continue the chain."""
-        misplaced = self._misplaced
-        if misplaced is not None and misplaced.sig is not None and misplaced.seq >= self.expected:
-            return LineRef(misplaced.seq, misplaced.sig)
-        return self.head
 
     def begin(self, seq: int, event_bytes: bytes, sig: bytes, previous: bytes | None) -> None:
         """Start the chain with the first line. `previous`: the MAC before it, None if it is not known."""
@@ -168,11 +97,6 @@ class ChainTracker:
 
     def take(self, event: Event, event_bytes: bytes, sig: bytes) -> bool:
         """Add the next line to the chain. False, with a finding, if its `seq` is not the next one."""
-        misplaced, self._misplaced = self._misplaced, None
-        if misplaced is not None:
-            self._explain(misplaced, event, event_bytes, sig)
-        if event.seq > self.expected and (early := self._early.pop(self.expected, None)) is not None:
-            self._enter(self.expected, early)
         if event.seq != self.expected:
             self._add_out_of_order(event, sig)
             return False
@@ -180,11 +104,9 @@ class ChainTracker:
         self._enter(event.seq, sig)
         return True
 
-    def add_malformed(self, reason: str) -> None:
+    def add_malformed(self, reason: str) -> Finding:
         """Add a finding for a line that could not be parsed."""
-        finding = self._add_finding("malformed", self.expected, f"where line {self.expected} was expected: {reason}")
-        if self._misplaced is None:
-            self._misplaced = _Misplaced(finding, 0, None)
+        return self._add_finding("malformed", self.expected, f"where line {self.expected} was expected: {reason}")
 
     def _enter(self, seq: int, sig: bytes | None) -> None:
         if self.head is not None:
@@ -192,54 +114,20 @@ class ChainTracker:
         self.head = LineRef(seq, record.ZERO_MAC if sig is None else sig)
         self._sig = sig
 
-    def _explain(self, misplaced: _Misplaced, event: Event, event_bytes: bytes, sig: bytes) -> None:
-        """Use the next line to decide whether a misplaced line was moved, has an altered `seq`, or follows a gap."""
-        expected = self.expected
-        if event.seq == expected:
-            if misplaced.seq > expected:
-                misplaced.finding.kind, misplaced.finding.seq = "moved", misplaced.seq
-                misplaced.finding.text = f"line {misplaced.seq} is out of order: it comes before line {expected}"
-        elif event.seq == expected + 1 and (misplaced.sig is None or self._fits(misplaced.sig, event_bytes, sig)):
-            if misplaced.sig is not None:
-                misplaced.finding.kind, misplaced.finding.seq = "altered", expected
-                misplaced.finding.text = f"line {expected} was altered: its seq reads {misplaced.seq}"
-                self._early.pop(misplaced.seq, None)
-                self._missing = {seq: lost for seq, lost in self._missing.items() if lost is not misplaced.finding}
-            self._enter(expected, misplaced.sig)
-        elif misplaced.seq > expected and event.seq == misplaced.seq + 1:
-            self._early.pop(misplaced.seq, None)
-            self._enter(misplaced.seq, misplaced.sig)
-
-    def _add_out_of_order(self, event: Event, sig: bytes) -> None:
+    def _add_out_of_order(self, event: Event, sig: bytes) -> Finding:
         expected, seq = self.expected, event.seq
         if seq > expected:
             span = f"line {expected} is" if seq == expected + 1 else f"lines {expected} to {seq - 1} are"
-            finding = self._add_finding("missing", expected, f"{span} missing: line {seq} is in that position")
-            for lost in range(expected, min(seq, expected + REMEMBERED_COUNT_MAX - len(self._missing))):
-                self._missing[lost] = finding
-            if len(self._early) < REMEMBERED_COUNT_MAX:
-                self._early[seq] = sig
-        elif (missed := self._missing.pop(seq, None)) is not None:
-            finding = missed
-            finding.kind, finding.seq = "moved", seq
-            finding.text = f"line {seq} is out of order: it comes after line {expected - 1}"
-        else:
-            finding = self._add_finding("repeated", seq, f"line {seq} occurs a second time, after line {expected - 1}")
-        self._misplaced = _Misplaced(finding, seq, sig)
+            return self._add_finding("missing", expected, f"{span} missing: line {seq} is in that position")
+        return self._add_finding("repeated", seq, f"line {seq} occurs a second time, after line {expected - 1}")
 
     def _check_mac(self, event: Event, event_bytes: bytes, sig: bytes) -> None:
-        suspect, self._recomputed = self._recomputed, None
-        key = self._mac_keys.get(self.key_version)
-        if key is None or self._sig is None:
-            return
-        expected = chain.mac(key, self._sig, event_bytes)
-        if hmac.compare_digest(expected, sig):
-            return
-        if suspect is not None and hmac.compare_digest(chain.mac(key, suspect[1], event_bytes), sig):
-            suspect[0].text = f"the sig of line {event.seq - 1} was altered; its event is genuine"
-            return
+        if self._sig is not None and not self._fits(self._sig, event_bytes, sig):
+            self._add_altered(event)
+
+    def _add_altered(self, event: Event) -> Finding:
         text = f"line {event.seq} was altered: its MAC does not fit its event and the line before"
-        self._recomputed = (self._add_finding("altered", event.seq, text), expected)
+        return self._add_finding("altered", event.seq, text)
 
     def _fits(self, previous: bytes, event_bytes: bytes, sig: bytes) -> bool:
         """Whether the line follows the MAC `previous`. True if there is no key to check it with."""
@@ -295,16 +183,6 @@ class KeyTracker:
             text = f"line {event.seq} changes the audit key, but version {version} was introduced after another line"
             self._add_finding("foreign", event.seq, text)
         self._use(event, version, public_key)
-
-    def end(self, last_seq: int) -> None:
-        """Apply rule 9 at the end of the log: the active key must be the newest one."""
-        newest = max(self._trust.since, default=0)
-        if self.version < newest:
-            text = (
-                f"the log ends under audit key version {self.version}, but version {newest} was introduced after line "
-                f"{self._trust.since[newest].seq}: lines are missing, or the next start has to complete the change"
-            )
-            self._add_finding("truncated", last_seq, text)
 
     def _use(self, event: Event, version: int, public_key: bytes | None) -> None:
         self.version, self.public_key = version, public_key

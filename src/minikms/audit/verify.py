@@ -1,7 +1,8 @@
 """The verifier: every rule of an audit log, applied to lines, without I/O.
 
 Owns: the definition of an intact log. The rules, in the order in which they apply to a line (docs/spec/audit.md has the
-same list):
+same list). `Verifier` has those about a line that follows other lines; `minikms.audit.verdict` adds those about files
+and about the end of a log (10 to 12, and the last parts of 3 and 9).
 
  1. The line has the exact frame, at most `LINE_BYTES_MAX` bytes, printable ASCII only, and ends in one newline.
  2. The event is valid and canonical, with a `seq` and a `ts`.
@@ -24,9 +25,7 @@ same list):
 11. The last line is not a `segment_close`: the file that it names exists.
 12. The expected head, if one is given, is a line of this log.
 
-Invariants: the verdict on a line depends only on earlier lines; memory is bounded; after a fault the verifier resumes
-the chain if it can, so one altered line is one finding; it gives up after `FINDINGS_COUNTED_MAX` findings. It must
-never read a file, nor call a log intact that it did not verify to the end.
+Invariants: the result for a line depends only on earlier lines; memory is bounded. It must never read a file.
 """
 
 from __future__ import annotations
@@ -40,13 +39,11 @@ from minikms.audit.chain import Coverage, KeyState
 from minikms.audit.record import Event, Facts, LineRef, MalformedLineError
 from minikms.audit.rules import (
     FINDINGS_COUNT_MAX,
-    FINDINGS_COUNTED_MAX,
     ChainTracker,
     Finding,
     KeyTracker,
     Kind,
     Trust,
-    VerificationReport,
     whole_number,
 )
 
@@ -64,7 +61,6 @@ _SEGMENT_OPEN_FACTS: Final = frozenset(
         "tombstones",
     )
 )
-_OPENING_TYPES: Final = frozenset((record.TYPE_GENESIS, record.TYPE_SEGMENT_OPEN))
 _SIGNED_FACTS: Final = frozenset(
     ("epoch", "key", "lines", "lines_sha256", "log_id", "previous_sig", "signature", "tombstones")
 )
@@ -77,7 +73,7 @@ _EXTRA_FACTS: Final[dict[str, frozenset[str]]] = {
 
 
 class Verifier:
-    """Verifies lines: call `feed` for each line of a log in order, then `report`.
+    """Verifies lines: call `feed` for each line in order, until there is a finding.
 
     from_signed_line: the first line has a type of `record.SIGNED_TYPES`, and its facts about earlier lines are trusted.
 
@@ -89,22 +85,12 @@ class Verifier:
     lines before it.
     """
 
-    def __init__(self, trust: Trust, *, expect_head: LineRef | None = None, from_signed_line: bool = False) -> None:
-        self._trust = trust
-        self._expect_head = expect_head
-        self._expected_seen = False
+    def __init__(self, trust: Trust, *, from_signed_line: bool = False) -> None:
         self._from_signed_line = from_signed_line
         self.chain = ChainTracker(trust.mac_keys, self._add_finding)
-        self._file = ""
-        self._file_number = 0
-        self._file_has_finding = False
-        self._line = 0
-        self._lines = 0
         self.findings: list[Finding] = []
-        self._findings_count = 0
         self._first_seq = 0
         self._first_previous: LineRef | None = None
-        self._retained_seq = 0
         self.log_id = ""
         self.key = KeyTracker(trust, self._add_finding)
         self.segment = 0
@@ -116,28 +102,8 @@ class Verifier:
         self._checkpoints = 0
         self.covered_seq = 0
 
-    # --- feeding and asking ------------------------------------------------------------------------------------------
-
-    def begin_file(self, name: str, number: int = 0) -> None:
-        """The next line is the first one of the file `name`. number: of its segment, 0 if the name has none."""
-        self._file, self._file_number, self._file_has_finding = name, number, False
-        self._line = 0
-
-    def end_file(self) -> None:
-        """The file has no more lines."""
-        if self._line == 0:
-            self._add_finding("missing", 0, f"{self._file} holds no line")
-        if self._file_number and self.segment not in (0, self._file_number) and not self._file_has_finding:
-            self._add_finding("segment", 0, f"{self._file} holds segment {self.segment}")
-
-    def skip(self) -> None:
-        """Count a line of the file that comes before the line to begin with."""
-        self._line += 1
-
     def feed(self, line: bytes) -> None:
         """Verify the next line, given without its newline."""
-        self._line += 1
-        self._lines += 1
         try:
             event, event_bytes, sig = record.parse_line(line)
         except MalformedLineError as error:
@@ -149,46 +115,7 @@ class Verifier:
             self._verify_in_order(event)
         else:
             return
-        self._check_place(event)
         self._finish_line(event, line, sig)
-
-    def feed_incomplete(self, rest: bytes) -> None:
-        """The last bytes of a file that does not end in a newline."""
-        self._line += 1
-        self._add_finding("incomplete", self.chain.expected, f"the file ends with {len(rest)} bytes of a line")
-
-    def fault(self, kind: Kind, text: str) -> None:
-        """Add a finding about a whole file."""
-        self._add_finding(kind, 0, text)
-
-    def report(self) -> VerificationReport:
-        """Apply the rules about the end of the log, and make the report. Call it once."""
-        head = self.chain.last
-        last_seq = 0 if head is None else head.seq
-        after_expected = None if self.exhausted else self._verify_end(head, last_seq)
-        return VerificationReport(
-            findings=self.findings,
-            findings_count=self._findings_count,
-            lines=self._lines,
-            first_seq=self._first_seq,
-            from_signed_line=self._from_signed_line,
-            head=head,
-            log_id=self.log_id,
-            segments=self._segments,
-            checkpoints=self._checkpoints,
-            covered_seq=self.covered_seq,
-            lines_not_covered=min(self._lines, last_seq - self.covered_seq),
-            lines_after_expected_head=after_expected,
-            key_version=self.key.version,
-            public_key=self.key.public_key,
-            macs_checked=bool(self._trust.mac_keys),
-            given_up=self.exhausted,
-        )
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the number of findings ends the verification."""
-        return self._findings_count >= FINDINGS_COUNTED_MAX
 
     # --- the first line ----------------------------------------------------------------------------------------------
 
@@ -246,7 +173,7 @@ class Verifier:
     # --- lines in order ----------------------------------------------------------------------------------------------
 
     def _verify_in_order(self, event: Event) -> None:
-        """Rules 6 to 10."""
+        """Rules 6 to 9."""
         if self.next_segment and event.type != record.TYPE_SEGMENT_OPEN:
             self._add_finding("segment", event.seq, f"line {event.seq} comes after the end of its segment")
             self.next_segment = 0
@@ -256,11 +183,6 @@ class Verifier:
             self._open_segment(event)
         elif event.type == record.TYPE_GENESIS:
             self._add_finding("segment", event.seq, f"line {event.seq} is a genesis line, but not the first line")
-        elif event.type == record.TYPE_RETENTION:
-            named = event.facts.get("last_seq"), event.facts.get("last_sig")
-            before = self._first_previous
-            if before is not None and named == (before.seq, encode_text(before.sig)):
-                self._retained_seq = event.seq
 
     def _open_segment(self, event: Event) -> None:
         facts = event.facts
@@ -316,75 +238,23 @@ class Verifier:
             self.key.change(event)
             self.chain.key_version = self.key.version
 
-    def _check_place(self, event: Event) -> None:
-        """Rule 3: the first line of each file, and no other line, opens the segment of the file's name."""
-        first = self._line == 1
-        if self._file and first and event.type not in _OPENING_TYPES:
-            text = f"{self._file} does not begin with the first line of a segment"
-        elif self._file and not first and event.type in _OPENING_TYPES:
-            text = f"line {event.seq} opens a segment within a file"
-        elif first and self._file_number not in (0, segment := whole_number(event.facts, "segment")):
-            text = f"{self._file} holds segment {segment}"
-        else:
-            return
-        self._file_has_finding = True
-        self._add_finding("segment", event.seq, text)
-
     # --- after each line ---------------------------------------------------------------------------------------------
 
     def _finish_line(self, event: Event, line: bytes, sig: bytes) -> None:
-        """Add the line to the coverage of the next signed line, and compare it with the expected head."""
+        """Add the line to the coverage of the next signed line."""
         signed = event.type in record.SIGNED_TYPES
         if signed:
             self._begin_coverage()
         if signed or event.type == record.TYPE_SEGMENT_OPEN:
             self.state = KeyState(whole_number(event.facts, "epoch"), whole_number(event.facts, "tombstones"))
         self.coverage.add(line + b"\n", 1)
-        if self._expect_head is not None and event.seq == self._expect_head.seq:
-            self._expected_seen = sig == self._expect_head.sig
 
     def _begin_coverage(self) -> None:
         self.coverage = Coverage()
         self._coverage_known = True
 
-    def _verify_end(self, head: LineRef | None, last_seq: int) -> int | None:
-        """Rules 9 to 12 at the end of the log. Returns the number of lines after the expected head."""
-        if head is None and not self._findings_count:
-            self._add_finding("missing", 1, "the log holds no line")
-        if self.next_segment:
-            self._add_finding(
-                "missing", last_seq + 1, f"segment {self.next_segment}, which line {last_seq} names, is missing"
-            )
-        before = self._first_previous
-        verified_seq = last_seq if self._trust.mac_keys else self.covered_seq
-        if before is not None and not 0 < self._retained_seq <= verified_seq:
-            kind = "retention line" if self._trust.mac_keys else "signed retention line"
-            text = f"the log begins after line {before.seq}, and no {kind} says that the earlier lines were removed"
-            self._add_finding("missing", before.seq, text)
-        if head is not None:
-            self.key.end(last_seq)
-        return self._check_expected_head(last_seq)
-
-    def _check_expected_head(self, last_seq: int) -> int | None:
-        expected = self._expect_head
-        if expected is None:
-            return None
-        if last_seq < expected.seq:
-            text = f"the log ends at line {last_seq}, but the expected line {expected.seq} was written"
-            self._add_finding("truncated", last_seq, text)
-            return None
-        if not self._expected_seen:
-            if expected.seq < self._first_seq:
-                text = f"the log begins after the expected line {expected.seq}, so that line can't be compared"
-            else:
-                text = f"line {expected.seq} is not the expected one, or is missing"
-            self._add_finding("anchor", expected.seq, text)
-            return None
-        return last_seq - expected.seq
-
     def _add_finding(self, kind: Kind, seq: int, text: str) -> Finding:
-        finding = Finding(file=self._file, line=self._line, seq=seq, kind=kind, text=text)
-        self._findings_count += 1
+        finding = Finding(file="", line=0, seq=seq, kind=kind, text=text)
         self._coverage_known = False
         if len(self.findings) < FINDINGS_COUNT_MAX:
             self.findings.append(finding)

@@ -23,7 +23,8 @@ from minikms.api.base64 import encode_text
 from minikms.api.errors import KmsRefusedError, StartError
 from minikms.audit import record
 from minikms.audit.record import Event, MalformedLineError
-from minikms.audit.rules import FINDINGS_COUNT_MAX, VerificationReport
+from minikms.audit.rules import FINDINGS_COUNT_MAX
+from minikms.audit.verdict import VerificationReport
 from minikms.cli import audit_tree
 from minikms.cli.console import (
     PACKAGE_DATA_DIR,

@@ -14,7 +14,8 @@ from minikms.audit.log import CHORES_NS, LogLimits
 from minikms.audit.queries import verify_directory
 from minikms.audit.record import LineRef
 from minikms.audit.repair import AuditKeys
-from minikms.audit.rules import Trust, VerificationReport
+from minikms.audit.rules import Trust
+from minikms.audit.verdict import VerificationReport
 from tests.minikms.audit import independent_verifier
 
 LOG = "minikms-audit.log"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from minikms.audit import record
 from minikms.audit.record import LineRef
-from minikms.audit.rules import FINDINGS_COUNT_MAX, VerificationReport
-from minikms.audit.verify import Verifier
+from minikms.audit.rules import FINDINGS_COUNT_MAX
+from minikms.audit.verdict import LogVerifier, VerificationReport
 from tests.minikms.audit.logmaker import (
     KEY1,
     KEY2,
@@ -45,7 +45,7 @@ def put(directory: Path, lines: list[bytes], end: bytes = b"\n") -> None:
 
 def judge_bytes(content: bytes, **options: bool) -> VerificationReport:
     """The checker's report on the content of a log file."""
-    verifier = Verifier(trust(**options))
+    verifier = LogVerifier(trust(**options))
     *lines, rest = content.split(b"\n")
     for line in lines:
         verifier.feed(line)

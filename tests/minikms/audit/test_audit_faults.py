@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minikms.audit.rules import VerificationReport
+from minikms.audit.verdict import VerificationReport
 from tests import needs
 from tests.harness.scripts import interpreter_words
 from tests.minikms.audit.logmaker import LOG, make_log, types_of, verify

@@ -17,7 +17,8 @@ from minikms.audit.following import LAST_BYTES_MAX, LogFollower, last_lines
 from minikms.audit.log import LogLimits
 from minikms.audit.queries import verify_directory
 from minikms.audit.reader import list_segments
-from minikms.audit.rules import FINDINGS_COUNT_MAX, FINDINGS_COUNTED_MAX
+from minikms.audit.rules import FINDINGS_COUNT_MAX
+from minikms.audit.verdict import FINDINGS_COUNTED_MAX
 from minikms.cli import audit
 from minikms_daemon.audit.maintenance import compress_closed
 from tests.minikms.audit.logmaker import (
