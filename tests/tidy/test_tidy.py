@@ -221,10 +221,12 @@ def test_every_make_command_in_the_documents_is_a_target() -> None:
 
 
 def test_ci_installs_every_program_that_a_test_needs() -> None:
+    """Except the tests of `make torture`, which it does not run."""
     script = (PROJECT / ".ci" / "run").read_text("utf-8")
     needed = {
         program
         for path in python_files("tests/")
+        if "torture" not in path.parts
         for program in re.findall(r"\bneeds\.program\(\"([\w.-]+)\"\)", text_of(path))
     }
     none(f"{program}: not in .ci/run" for program in needed if f"[{program}]=" not in script)
