@@ -39,8 +39,8 @@ from progressdb_server.store.sealer import Sealer, store_error
 SWEEP_S: Final = 3600
 EPOCH_S: Final = 10
 """Between two looks at the key service's epoch and audit head."""
-LAST_LOOK_S_MAX: Final = 2.0
-"""For the look at a clean stop."""
+LOOK_S_MAX: Final = 2.0
+"""For the look at a clean stop, and for one that a caller waits for."""
 SEALED_S: Final = 1
 """The same, while the key service is sealed."""
 
@@ -119,6 +119,9 @@ class Conversations:
         self.empty_notice = ""
         self._is_emptiness_judged = False
         self.epoch = EpochMemory(self.reads, self.writer)
+        self._epoch_lock = asyncio.Lock()
+        self._accepts_restore = False
+        """Whether the first state that is judged may be an older one: the key service was sealed at the start."""
         self.unreadable: dict[str, None] = {}
         """What was said of records that could not be read, UNREADABLE_MAX at most."""
         self._provider = provider
@@ -171,6 +174,7 @@ class Conversations:
                 raise store_error(error) from error
             # Without the role `monitor` there is nothing to judge by.
             _log.warning("kms_status_refused", code=error.code)
+        self._accepts_restore = accept_restore and self.sealer.halted is not None
         loop = asyncio.get_running_loop()
         self._judge_clock()
         self._background = [
@@ -178,7 +182,7 @@ class Conversations:
             for work in (
                 self._sweep(),
                 self.claims.keep(),
-                self._watch_epoch(accept_restore=accept_restore),
+                self._watch_epoch(),
                 self._watch_clock(offset_ns),
             )
         ]
@@ -192,7 +196,7 @@ class Conversations:
         await asyncio.gather(*self._background, return_exceptions=True)
         if self._background:
             with contextlib.suppress(KmsError, StoreError, RestoredError, TimeoutError):  # the next start judges
-                async with asyncio.timeout(LAST_LOOK_S_MAX):
+                async with asyncio.timeout(LOOK_S_MAX):
                     await self.epoch.observe(self._provider.status)
         await self.writer.close()
         await self.engine.end()
@@ -273,30 +277,31 @@ class Conversations:
             if abs(jump_s) > CLOCK_JUMP_S:
                 _log.warning("clock_jumped", seconds=jump_s, reason=CLOCK_JUMPED)
 
-    async def _watch_epoch(self, *, accept_restore: bool) -> None:
-        """An older key service that replaces the right one while the server runs must not encrypt anything.
-
-        `accept_restore` holds for the first state that is judged, if the key service was sealed at the start.
-        """
-        seen_sealed = self.sealer.seen_sealed
-        judged = self.sealer.halted is None
+    async def _watch_epoch(self) -> None:
+        """An older key service that replaces the right one while the server runs must not encrypt anything."""
         while True:
             if self.sealer.halted == SEALED:
                 await asyncio.sleep(SEALED_S)
             else:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(EPOCH_S):
-                        await seen_sealed.wait()
+                        await self.sealer.seen_sealed.wait()
+            await self._judge_epoch()
+
+    async def _judge_epoch(self) -> None:
+        """Lets records be sealed, or no longer, by what the key service says now."""
+        async with self._epoch_lock:
+            seen_sealed = self.sealer.seen_sealed
             seen_sealed.clear()
             try:
-                status = await self.epoch.observe(self._provider.status, accept_restore=accept_restore and not judged)
+                status = await self.epoch.observe(self._provider.status, accept_restore=self._accepts_restore)
                 if status.status == api.CODE_SEALED:
                     self.sealer.halt_sealed()
-                    continue
+                    return
                 await self._judge_emptiness(status)
                 if not seen_sealed.is_set():  # else the answer may be older than the seal
                     self.sealer.halted = None
-                    judged = True
+                    self._accepts_restore = False
             except RestoredError as error:
                 _log.error("kms_restored", reason=str(error))
                 self.sealer.halted = OLDER_STATE
@@ -316,8 +321,12 @@ class Conversations:
             self.unreadable[record] = None
 
     async def check_writes(self) -> None:
-        """Returns if a write would be taken now; it writes nothing that lasts. Raises StoreUnavailableError, whose text
-        says why not."""
+        """Returns if a write would be taken now; it writes nothing that lasts. A key service that was sealed is asked
+        whether it still is. Raises StoreUnavailableError, whose text says why not."""
+        if self.sealer.halted == SEALED:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LOOK_S_MAX):
+                    await self._judge_epoch()
         self.sealer.check_halted()
         await self.engine.check_writable()
         await self.writer.check_writable()

@@ -154,6 +154,20 @@ async def test_a_look_at_the_epoch_that_fails_is_made_again(monkeypatch: pytest.
         await store.messages.create(new(2))
 
 
+async def test_readiness_asks_whether_the_key_service_is_still_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever unseals it and asks at once must not read that it is sealed."""
+    monkeypatch.setattr(room, "SEALED_S", 3600)
+    provider = Sealable()
+    provider.sealed = True
+    async with opened(provider=provider) as store:
+        await store.start()
+        with pytest.raises(StoreUnavailableError, match="is sealed"):
+            await store.check_writes()
+        provider.sealed = False
+        await store.check_writes()
+        await store.messages.create(new(1))
+
+
 async def test_it_goes_on_after_the_epoch_was_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(room, "EPOCH_S", 3600)
     monkeypatch.setattr(room, "SEALED_S", 0.001)
