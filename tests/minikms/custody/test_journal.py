@@ -460,7 +460,7 @@ async def test_a_refused_create_does_not_come_back_after_a_kill(
                 await asyncio.sleep(0.02)
                 assert (one.directory / NAME).exists()
         async with asyncio.timeout(60):
-            while (one.directory / NAME).exists() or list(one.directory.glob(".tmp-*")):
+            while one.vault.journal.refusal:
                 await asyncio.sleep(0.001)
         copied_vault(one, tmp_path / "killed")
     async with opened_vault(tmp_path / "killed") as after:
