@@ -14,6 +14,7 @@ from typing import Any
 from tests.harness.callers import Caller, Reply
 from tests.harness.gateways import POLICY, Pair
 from tests.harness.tokens import OIDC_TABLE, TokenIssuer
+from tests.harness.waiting import wait_until
 
 TABLES = '[transit]\nmount = "transit"\n' + OIDC_TABLE
 LIMITED = "spiffe://prod/limited/api"
@@ -32,6 +33,7 @@ ISSUER = TokenIssuer()
 @contextlib.contextmanager
 def transit_pair(policy: str = TRANSIT_POLICY) -> Iterator[Pair]:
     with Pair(policy=policy, tables=TABLES, files={"oidc.json": ISSUER.jwks}) as pair:
+        wait_until(lambda: not pair.daemon.status()["keys"]["indexing"])  # until then transit answers 503
         yield pair
 
 
