@@ -9,7 +9,6 @@ Invariants:
 - A backup that fails or is cancelled leaves nothing behind and is then removed from the register. Otherwise an entry is
   removed only when an operator says so: a directory that is not found may be on a disk that is not mounted, or may have
   been moved. A cancelled call returns when nothing uses the engine any more.
-- Files of an earlier backup with the same content are linked, not copied: RocksDB's tables never change.
 - Restoring reads every file and block first and never writes into a directory that holds something.
 """
 
@@ -72,9 +71,9 @@ class Backups:
         """When the newest registered backup was begun, in Unix ns, as it was last looked at; 0 without one, NaN while
         that can't be read."""
 
-    async def back_up(self, path: str, *, previous: str | None = None) -> Manifest:
-        """Make a verified backup in the new directory `path`, beside running writes; it shares files with the backup
-        `previous`. The key service is backed up after this. Raises BackupError."""
+    async def back_up(self, path: str) -> Manifest:
+        """Make a verified backup in the new directory `path`, beside running writes. The key service is backed up after
+        this. Raises BackupError."""
         if not self._engine.makes_backups:
             raise BackupOfDatabaseError
         path = os.path.abspath(path)  # noqa: ASYNC240  no lookup
@@ -88,9 +87,7 @@ class Backups:
             await self._writer.commit(Write(((keyspace.backup(known.created_ns), msgspec.json.encode(known)),)))
             self.newest_ns = known.created_ns
             stop = threading.Event()
-            copy = asyncio.ensure_future(
-                asyncio.to_thread(create, self._engine, path, created_ns=known.created_ns, previous=previous, stop=stop)
-            )
+            copy = asyncio.ensure_future(asyncio.to_thread(_create, self._engine, path, known.created_ns, stop))
             try:
                 return await asyncio.shield(copy)
             except (BackupError, StoreUnavailableError, asyncio.CancelledError):
@@ -171,68 +168,53 @@ async def open_register(place: str, *, single_node: bool) -> AsyncIterator[Backu
     StoreLockedError, StoreUnavailableError, BackupError."""
     try:
         engine = await places.open_engine(place, single_node=single_node, make=False)
-    except FormatError as error:
-        raise BackupError(str(error)) from error
-    try:
-        clock = Clock(time.time_ns)
-        writer = engine.writer(clock, StoreMetrics(), lambda: None)
         try:
-            yield Backups(engine, writer, clock)
+            clock = Clock(time.time_ns)
+            writer = engine.writer(clock, StoreMetrics(), lambda: None)
+            try:
+                yield Backups(engine, writer, clock)
+            finally:
+                await writer.close()
         finally:
-            await writer.close()
+            await engine.end()
     except FormatError as error:
         raise BackupError(str(error)) from error
-    finally:
-        await engine.end()
 
 
-def create(
-    engine: Engine, path: str, *, created_ns: int, previous: str | None = None, stop: threading.Event | None = None
-) -> Manifest:
-    """Make the backup directory `path`, which must not exist; `previous` is an earlier one to share files with.
+def _create(engine: Engine, path: str, created_ns: int, stop: threading.Event) -> Manifest:
+    """Make the backup directory `path`, which must not exist.
 
     Blocks for as long as the copying takes: call it in a worker thread. When it fails, or `stop` is set before the next
     file, the directory is removed again. Raises BackupError, StoreUnavailableError.
     """
-    known: dict[str, BackupFile] = {}
-    if previous is not None:
-        known = {file.name: file for file in read_manifest(previous).files}
     try:
         os.makedirs(path, mode=0o700)
+        try:
+            return _make(engine, path, created_ns, stop)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
     except OSError as error:
         raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
-    try:
-        return _make(engine, path, known, created_ns=created_ns, previous=previous, stop=stop or threading.Event())
-    except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        raise
 
 
-def _make(
-    engine: Engine,
-    path: str,
-    known: dict[str, BackupFile],
-    *,
-    created_ns: int,
-    previous: str | None,
-    stop: threading.Event,
-) -> Manifest:
+def _make(engine: Engine, path: str, created_ns: int, stop: threading.Event) -> Manifest:
+    """Fills the directory. Raises OSError."""
     staging = os.path.join(path, "checkpoint")
-    try:
-        engine.checkpoint(staging)
-        os.mkdir(os.path.join(path, STORE), mode=0o700)
-        files: list[BackupFile] = []
-        for name in sorted(os.listdir(staging)):
-            _go_on(path, stop)
-            files.append(_take(os.path.join(staging, name), os.path.join(path, STORE, name), known.get(name), previous))
-        shutil.rmtree(staging)
-        manifest = Manifest(FORMAT, created_ns, files)
-        sync_directory(os.path.join(path, STORE))
-        _read_back(path, manifest, stop)
-        _write(os.path.join(path, MANIFEST), msgspec.json.format(msgspec.json.encode(manifest)))
-        sync_directory(path)
-    except OSError as error:
-        raise BackupError(f"the backup {path} failed: {error.strerror} ({error.filename})") from error
+    engine.checkpoint(staging)
+    os.mkdir(os.path.join(path, STORE), mode=0o700)
+    files: list[BackupFile] = []
+    for name in sorted(os.listdir(staging)):
+        _go_on(path, stop)
+        source = os.path.join(staging, name)
+        files.append(BackupFile(name, *_digest(source)))
+        _copy(source, os.path.join(path, STORE, name))
+    shutil.rmtree(staging)
+    manifest = Manifest(FORMAT, created_ns, files)
+    sync_directory(os.path.join(path, STORE))
+    _read_back(path, manifest, stop)
+    _write(os.path.join(path, MANIFEST), msgspec.json.format(msgspec.json.encode(manifest)))
+    sync_directory(path)
     return manifest
 
 
@@ -318,16 +300,6 @@ def restore(path: str, target: str) -> Manifest:
             reason += ": the directory must belong to the server's user, who runs this"
         raise BackupError(f"restoring to {target} failed: {reason}") from error
     return manifest
-
-
-def _take(source: str, target: str, known: BackupFile | None, previous: str | None) -> BackupFile:
-    name = os.path.basename(source)
-    size, digest = _digest(source)
-    if known is not None and previous is not None and (known.bytes, known.sha256) == (size, digest):
-        os.link(os.path.join(previous, STORE, name), target)
-    else:
-        _copy(source, target)
-    return BackupFile(name, size, digest)
 
 
 def _copy(source: str, target: str) -> None:
