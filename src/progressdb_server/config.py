@@ -50,8 +50,8 @@ def duration_s(text: str) -> int:
     return int(match[1]) * _UNIT_S[match[2]]
 
 
-def _seconds(text: str) -> int:
-    """0 for never. Raises ValueError."""
+def seconds(text: str) -> int:
+    """The seconds of a duration, 0 for `never` and the empty text. Raises ValueError."""
     return 0 if text in ("", "never") else duration_s(text)
 
 
@@ -89,10 +89,6 @@ class ServerSection(_Section, frozen=True):
     """Addresses and networks of proxies, which stand for many clients: the bounds of one address on
     bodies and idle connections do not apply to them, and rates by address count the last address that their
     `X-Forwarded-For` names."""
-
-    @property
-    def drain_s(self) -> int:
-        return duration_s(self.drain) if self.drain else 0
 
 
 class Storage(_Section, frozen=True):
@@ -176,14 +172,6 @@ class RotationSection(_Section, frozen=True):
     destroy_old_after: str = ""
     """When the old keys of automatic rotations are destroyed."""
 
-    @property
-    def max_age_s(self) -> int:
-        return duration_s(self.max_age) if self.max_age else 0
-
-    @property
-    def destroy_old_after_s(self) -> int:
-        return duration_s(self.destroy_old_after) if self.destroy_old_after else 0
-
 
 class Retention(_Section, frozen=True):
     """What is removed after a duration such as `90d`; `never` or empty: it stays."""
@@ -192,14 +180,6 @@ class Retention(_Section, frozen=True):
     """Deleted threads and their keys; at least PURGE_S_MIN."""
     rotation_backups_after: str = "30d"
     """The backups of rotations that are done, since they began."""
-
-    @property
-    def deleted_after_s(self) -> int:
-        return _seconds(self.deleted_after)
-
-    @property
-    def rotation_backups_after_s(self) -> int:
-        return _seconds(self.rotation_backups_after)
 
 
 class Logging(_Section, frozen=True):
@@ -271,10 +251,6 @@ _FILES_OF_A_URL: Final = ("ca", "cert", "key", "token_file")
 
 
 # --- text to values ---------------------------------------------------------------------------------------------
-def _text(value: str) -> str:
-    return value
-
-
 def _comma_separated(value: str) -> list[str]:
     words = [word for word in (part.strip() for part in value.split(",")) if word]
     if not words:
@@ -317,51 +293,51 @@ class Variable(msgspec.Struct, frozen=True):
 
 
 VARIABLES: Final = (
-    Variable("ADDRESS", "server.address", _text),
+    Variable("ADDRESS", "server.address", str),
     Variable("PORT", "server.port", _integer),
     Variable("DEV", "server.dev", _boolean),
     Variable("BODY_BYTES", "server.body_bytes", _integer),
     Variable("IDLE_CONNECTIONS", "server.idle_connections", _integer),
-    Variable("DRAIN", "server.drain", _text),
+    Variable("DRAIN", "server.drain", str),
     Variable("PROXIES", "server.proxies", _comma_separated),
-    Variable("TLS_CERT", "server.tls.cert_file", _text),
-    Variable("TLS_KEY", "server.tls.key_file", _text),
-    Variable("DB_PATH", "storage.db_path", _text),
-    Variable("STORE_URL", "store.url", _text),
+    Variable("TLS_CERT", "server.tls.cert_file", str),
+    Variable("TLS_KEY", "server.tls.key_file", str),
+    Variable("DB_PATH", "storage.db_path", str),
+    Variable("STORE_URL", "store.url", str),
     Variable("STORE_SINGLE_NODE", "store.single_node", _boolean),
     Variable("CORS_ORIGINS", "security.cors.allowed_origins", _comma_separated),
     Variable("RATE_RPS", "security.rate_limit.rps", _number),
     Variable("RATE_BURST", "security.rate_limit.burst", _integer),
     Variable("IP_WHITELIST", "security.ip_whitelist", _comma_separated),
-    Variable("THREADS", "security.threads", _text),
+    Variable("THREADS", "security.threads", str),
     Variable("API_BACKEND_KEYS", "security.api_keys.backend", _comma_separated),
     Variable("API_FRONTEND_KEYS", "security.api_keys.frontend", _comma_separated),
     Variable("API_ADMIN_KEYS", "security.api_keys.admin", _comma_separated),
     Variable("ALLOW_UNAUTH", "security.api_keys.allow_unauth", _boolean),
-    Variable("KMS_PROVIDER", "kms.provider", _text),
-    Variable("KMS_SOCKET", "kms.socket", _text),
-    Variable("KMS_DATA_DIR", "kms.data_dir", _text),
-    Variable("KMS_BINARY", "kms.binary", _text),
+    Variable("KMS_PROVIDER", "kms.provider", str),
+    Variable("KMS_SOCKET", "kms.socket", str),
+    Variable("KMS_DATA_DIR", "kms.data_dir", str),
+    Variable("KMS_BINARY", "kms.binary", str),
     Variable("KMS_SPAWN", "kms.spawn", _boolean),
     Variable("KMS_SERVER_UIDS", "kms.server_uids", _integers),
-    Variable("KMS_URL", "kms.url", _text),
-    Variable("KMS_CA", "kms.ca", _text),
-    Variable("KMS_CERT", "kms.cert", _text),
-    Variable("KMS_KEY", "kms.key", _text),
-    Variable("KMS_TOKEN_FILE", "kms.token_file", _text),
+    Variable("KMS_URL", "kms.url", str),
+    Variable("KMS_CA", "kms.ca", str),
+    Variable("KMS_CERT", "kms.cert", str),
+    Variable("KMS_KEY", "kms.key", str),
+    Variable("KMS_TOKEN_FILE", "kms.token_file", str),
     Variable("KMS_LONG_LIVED_CERT", "kms.long_lived_cert", _boolean),
     Variable("KMS_EXCLUSIVE", "kms.exclusive", _boolean),
-    Variable("MINIKMS_MASTER_KEY_FILE", "kms.master_key_file", _text),
-    Variable("ROTATION_MAX_AGE", "rotation.max_age", _text),
+    Variable("MINIKMS_MASTER_KEY_FILE", "kms.master_key_file", str),
+    Variable("ROTATION_MAX_AGE", "rotation.max_age", str),
     Variable("ROTATION_MAX_USES", "rotation.max_uses", _integer),
     Variable("ROTATION_RATE", "rotation.records_per_second", _integer),
-    Variable("ROTATION_DESTROY_OLD_AFTER", "rotation.destroy_old_after", _text),
-    Variable("RETENTION_DELETED_AFTER", "retention.deleted_after", _text),
-    Variable("RETENTION_ROTATION_BACKUPS_AFTER", "retention.rotation_backups_after", _text),
-    Variable("AUDIT_SOCKET", "viewer.audit_socket", _text),
+    Variable("ROTATION_DESTROY_OLD_AFTER", "rotation.destroy_old_after", str),
+    Variable("RETENTION_DELETED_AFTER", "retention.deleted_after", str),
+    Variable("RETENTION_ROTATION_BACKUPS_AFTER", "retention.rotation_backups_after", str),
+    Variable("AUDIT_SOCKET", "viewer.audit_socket", str),
     Variable("AUDIT_SERVER_UIDS", "viewer.audit_server_uids", _integers),
-    Variable("LOG_FORMAT", "logging.format", _text),
-    Variable("LOG_LEVEL", "logging.level", _text),
+    Variable("LOG_FORMAT", "logging.format", str),
+    Variable("LOG_LEVEL", "logging.level", str),
 )
 """Two more variables are read: `ADDR` (host:port) sets two settings, and `CONFIG` names the file."""
 _OTHER_VARIABLES: Final = ("ADDR", "CONFIG", "BENCHMARK", "URL")
@@ -641,12 +617,12 @@ def _check_durations(config: Config) -> None:
             raise ConfigError(f"{name} {error}") from None
     for name in ("deleted_after", "rotation_backups_after"):
         try:
-            after_s = _seconds(getattr(config.retention, name))
+            after_s = seconds(getattr(config.retention, name))
         except ValueError as error:
             raise ConfigError(f"retention.{name} {error}, or never") from None
         if name == "deleted_after" and 0 < after_s < PURGE_S_MIN:
             raise ConfigError("retention.deleted_after must be at least 1d, or never")
-    if config.server.drain_s > DRAIN_SECONDS_MAX:
+    if seconds(config.server.drain) > DRAIN_SECONDS_MAX:
         raise ConfigError(f"server.drain must be at most {DRAIN_SECONDS_MAX}s")
 
 

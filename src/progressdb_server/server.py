@@ -43,7 +43,7 @@ from progressdb_server.api.routes.readiness import Readiness
 from progressdb_server.api.viewer.audit import AuditorClient
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.conditions import Look
-from progressdb_server.config import Config, ConfigError, unknown_variables
+from progressdb_server.config import Config, ConfigError, seconds, unknown_variables
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.listener import DESCRIPTORS_COUNT, bind, check_tls, serve_http
 from progressdb_server.http.shares import Shares
@@ -181,7 +181,7 @@ def _return_freed_memory() -> None:
 
 
 async def _serve(config: Config, master_key_fd: int | None, accept_restore: bool) -> None:
-    stop = _Stop(config.server.drain_s)
+    stop = _Stop(seconds(config.server.drain))
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.begin)
     loop.add_signal_handler(signal.SIGINT, stop.asked.set)

@@ -32,7 +32,7 @@ from minikms.api import KeyAnswer
 from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
 from minikms.platform.logs import Log
-from progressdb_server.config import RotationSection
+from progressdb_server.config import RotationSection, seconds
 from progressdb_server.jobs.runner import Throttle, WorkingKind
 from progressdb_server.jobs.states import (
     AT_WORK,
@@ -181,10 +181,10 @@ class KeyRotation(WorkingKind):
 
     async def begin(self) -> None:
         """Queue the threads whose keys have reached the configured age or number of records."""
-        due = Due(age_s=self.settings.max_age_s or None, uses=self.settings.max_uses or None)
+        due = Due(age_s=seconds(self.settings.max_age) or None, uses=self.settings.max_uses or None)
         if due == Due():
             return
-        destroy_after_s = self.settings.destroy_old_after_s
+        destroy_after_s = seconds(self.settings.destroy_old_after)
         async for thread, reason in self.due_threads(due, self.table.now_ns()):
             await self.runner.place()
             with contextlib.suppress(JobConflictError, ThreadNotFoundError):  # tried again in an hour

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from minikms.platform import clock
-from progressdb_server.config import Retention, RotationSection
+from progressdb_server.config import Retention, RotationSection, seconds
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.destruction import KeyDestruction
 from progressdb_server.jobs.many import RotationsOfMany
@@ -82,12 +82,12 @@ class Jobs(Runner):
         self.destruction = KeyDestruction(*parts)
         self.orphans = OrphanedKeys(store, provider, self.has_job, exclusive=exclusive)
         self.many = RotationsOfMany(*parts, self.rotation)
-        self.purge = ThreadPurge(*parts, retention.deleted_after_s if destroys else 0, exclusive, boot_ns)
+        self.purge = ThreadPurge(*parts, seconds(retention.deleted_after) if destroys else 0, exclusive, boot_ns)
         self.kinds = (
             self.rotation,
             self.many,
             self.purge,
             self.destruction,
             self.orphans,
-            OldRows(self.rotation, retention.rotation_backups_after_s),
+            OldRows(self.rotation, seconds(retention.rotation_backups_after)),
         )
