@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Generator, Sequence
-from typing import Final, Literal, NamedTuple, TypeAlias
+from typing import Final, Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
@@ -74,13 +74,22 @@ _THREAD_INDEXES: Final = {
 """The number of parts in the keys of each index, and which part is the thread."""
 
 
+Put: TypeAlias = tuple[bytes, bytes | None]
+
+
 class Problem(NamedTuple):
     """`fix`: the puts that repair it, empty if nothing can."""
 
     kind: Kind
     key: str
     detail: str
-    fix: tuple[tuple[bytes, bytes | None], ...] = ()
+    fix: tuple[Put, ...] = ()
+
+
+class _Reporter(Protocol):
+    """Reports a problem of the entry that a rule judges, with the puts that repair it."""
+
+    def __call__(self, kind: Kind, detail: str, *fix: Put) -> None: ...
 
 
 class _Lookup(NamedTuple):
@@ -132,7 +141,7 @@ class Checker:
     async def _judge_all(self, chunk: Sequence[tuple[bytes, bytes]]) -> list[Problem]:
         """The rules of all entries side by side, so that a round trip answers what they look up at a time."""
         findings: list[list[Problem]] = [[] for _ in chunk]
-        passes = [self._collect(*entry, into) for entry, into in zip(chunk, findings, strict=True)]
+        passes = [self._judge(*entry, into) for entry, into in zip(chunk, findings, strict=True)]
         ready: dict[Coroutine[_Lookup, bytes | None, None], _Answer] = dict.fromkeys(passes)
         waiting: dict[Coroutine[_Lookup, bytes | None, None], _Lookup] = {}
         try:
@@ -177,66 +186,58 @@ class Checker:
             keys = keys[: keys.index(next(reversed(values))) + 1]
         return answers | {_Lookup(key): values.get(key) for key in keys}
 
-    async def _collect(self, key: bytes, value: bytes, findings: list[Problem]) -> None:
-        with contextlib.suppress(StoreDamagedError):
-            async for finding in self._judge(key, value):
-                findings.append(finding)
+    async def _judge(self, key: bytes, value: bytes, findings: list[Problem]) -> None:
+        def report(kind: Kind, detail: str, *fix: Put) -> None:
+            findings.append(Problem(kind, _shown(key), detail, fix))
 
-    async def _judge(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
         judge = next((judge for space, judge in self._judges.items() if key.startswith(space)), None)
         try:
             if judge is not None:
-                async for finding in judge(key, value):
-                    yield finding
+                await judge(key, value, report)
             elif key.startswith(_OTHER_SPACES):
                 self.counts["other"] += 1
             elif key == keyspace.EPOCH:
                 msgspec.json.decode(value, type=KeyService)
             elif key not in (keyspace.FORMAT, keyspace.STATE, keyspace.CLOCK):
-                yield Problem("unknown", _shown(key), "the key belongs to no space of the store")
+                report("unknown", "the key belongs to no space of the store")
         except (*UNDECODABLE, record.RecordFormatError) as error:
-            yield Problem("damaged", _shown(key), str(error))
+            report("damaged", str(error))
+        except StoreDamagedError:
+            pass
 
-    async def _judge_retry(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+    async def _judge_retry(self, key: bytes, value: bytes, report: _Reporter) -> None:
         self.counts["idempotency"] += 1
         try:
             IdempotencyRecord.parse(key, value)
         except RecordUnreadableError:
-            yield Problem("damaged", _shown(key), "a retried create is refused by it", ((key, None),))
+            report("damaged", "a retried create is refused by it", (key, None))
 
-    async def _judge_job(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+    async def _judge_job(self, key: bytes, value: bytes, report: _Reporter) -> None:
         self.counts["other"] += 1
         try:
             if self._parse_job is not None:
                 self._parse_job(_shown(key[len(keyspace.JOBS) :]), value)
         except RecordUnreadableError as error:
-            yield Problem("damaged", _shown(key), f"{error}: {JOB_DAMAGED}")
+            report("damaged", f"{error}: {JOB_DAMAGED}")
 
     # --- records --------------------------------------------------------------------------------------------------
-    async def _judge_record(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+    async def _judge_record(self, key: bytes, value: bytes, report: _Reporter) -> None:
         match key.split(b":"):
             case [_, thread, b"meta"]:
                 self.counts["threads"] += 1
-                problems = self._judge_meta(key, value, keyspace.unpart(thread))
+                await self._judge_meta(value, keyspace.unpart(thread), report)
             case [_, thread, b"msg", stamp]:
                 self.counts["messages"] += 1
-                problems = self._judge_message(key, value, keyspace.unpart(thread), Stamp.parse(stamp.decode()))
+                await self._judge_message(key, value, keyspace.unpart(thread), Stamp.parse(stamp.decode()), report)
             case _:
-                yield Problem("unknown", _shown(key), "the key is no record's")
-                return
-        async for problem in problems:
-            yield problem
+                report("unknown", "the key is no record's")
 
-    async def _judge_meta(self, key: bytes, value: bytes, thread: str) -> AsyncIterator[Problem]:
+    async def _judge_meta(self, value: bytes, thread: str, report: _Reporter) -> None:
         header, _ = record.unpack_thread(value)
         self._newest = max(self._newest, Stamp.parse(header.created))
-        if await _Lookup(keyspace.key_map(thread)) is None:
-            yield Problem(
-                "keyless",
-                _shown(key),
-                "the thread has no key map",
-                ((keyspace.key_map(thread), header.key_id.encode()),),
-            )
+        key_map = keyspace.key_map(thread)
+        if await _Lookup(key_map) is None:
+            report("keyless", "the thread has no key map", (key_map, header.key_id.encode()))
         entry = keyspace.creation(Stamp.parse(header.created), thread)
         wanted = [
             keyspace.CREATED + entry,
@@ -245,19 +246,17 @@ class Checker:
         ]
         if header.deleted_ns:
             wanted.append(keyspace.closed_key(thread))
-        async for finding in self._wanted(key, [(index, b"") for index in wanted]):
-            yield finding
+        await self._judge_indexed([(index, b"") for index in wanted], report)
 
-    async def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp) -> AsyncIterator[Problem]:
+    async def _judge_message(self, key: bytes, value: bytes, thread: str, stamp: Stamp, report: _Reporter) -> None:
         header, _ = record.unpack_message(value)
         self._newest = max(self._newest, stamp)
         first = Stamp.parse(header.first) if header.first else stamp
         own = stamp.text.encode()
         if await _Lookup(keyspace.meta(thread)) is None:
-            yield Problem("orphaned", _shown(key), "the record's thread has no metadata")
+            report("orphaned", "the record's thread has no metadata")
         if isinstance(header, record.LaterHeader) and header.content:
-            async for finding in self._judge_content(key, header):
-                yield finding
+            await self._judge_content(key, header, report)
         wanted = [
             (keyspace.versions(keyspace.message_id(first)) + own, keyspace.part(thread)),
             (keyspace.writer(thread, header.author), b""),
@@ -266,15 +265,14 @@ class Checker:
         if entry is not None or (header.deleted and first == stamp):
             # A removed author, or the event of a thread's deletion, whose author may not have written in it
             wanted.pop()
-        async for finding in self._wanted(key, wanted):
-            yield finding
+        await self._judge_indexed(wanted, report)
         place = keyspace.order(thread) + first.text.encode()
         order = await _Lookup(place)
         if order is None or keyspace.latest(first.raw, order) < own:
             fix = keyspace.place(own, is_first=first == stamp, deleted=header.deleted)
-            yield Problem("unindexed", _shown(key), "the order index does not lead to this version", ((place, fix),))
+            report("unindexed", "the order index does not lead to this version", (place, fix))
 
-    async def _judge_content(self, key: bytes, header: record.LaterHeader) -> AsyncIterator[Problem]:
+    async def _judge_content(self, key: bytes, header: record.LaterHeader, report: _Reporter) -> None:
         """The problems of a version that takes its content from another one."""
         stamp = Stamp.parse(header.content)
         place = key[: -keyspace.STAMP_BYTES] + stamp.raw
@@ -282,12 +280,12 @@ class Checker:
         content = record.unpack_message(raw)[0] if raw is not None else None
         is_of_another = content is None or (content.first or stamp.text) != header.first
         if is_of_another or (isinstance(content, record.LaterHeader) and content.content):
-            yield Problem("damaged", _shown(key), f"its content is missing: {_shown(place)} does not have it")
+            report("damaged", f"its content is missing: {_shown(place)} does not have it")
 
-    async def _wanted(self, key: bytes, entries: list[tuple[bytes, bytes]]) -> AsyncIterator[Problem]:
+    async def _judge_indexed(self, entries: list[tuple[bytes, bytes]], report: _Reporter) -> None:
         for index, expected in entries:
             if await _Lookup(index) != expected:
-                yield Problem("unindexed", _shown(key), f"{_shown(index)} does not lead to it", ((index, expected),))
+                report("unindexed", f"{_shown(index)} does not lead to it", (index, expected))
 
     async def _open(self, chunk: Sequence[tuple[bytes, bytes]]) -> list[Problem]:
         """Decrypts the records among the entries; what can't be parsed was reported before."""
@@ -324,7 +322,7 @@ class Checker:
         return probes
 
     # --- indexes --------------------------------------------------------------------------------------------------
-    async def _judge_version(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+    async def _judge_version(self, key: bytes, value: bytes, report: _Reporter) -> None:
         self.counts["versions"] += 1
         message, stamp = key[len(keyspace.VERSION) :].split(b":")
         first = keyspace.parse_message_id(message.decode())
@@ -332,16 +330,16 @@ class Checker:
         raw = await _Lookup(target)
         header = record.unpack_message(raw)[0] if raw is not None else None
         if header is None or first is None or (header.first or stamp.decode()) != first.text:
-            yield Problem("dangling", _shown(key), f"{_shown(target)} is no version of it", ((key, None),))
+            report("dangling", f"{_shown(target)} is no version of it", (key, None))
 
-    async def _judge_order(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+    async def _judge_order(self, key: bytes, value: bytes, report: _Reporter) -> None:
         self.counts["order"] += 1
         thread, first = (part for part in key[len(keyspace.ORDER) :].split(b":"))
         versions = keyspace.versions(keyspace.message_id(Stamp.parse(first.decode())))
         newest = await _Lookup(versions, newest=True)
         if newest is None:
             if await _Lookup(keyspace.message_of(thread, first)) is None:
-                yield Problem("dangling", _shown(key), "the message has no version", ((key, None),))
+                report("dangling", "the message has no version", (key, None))
             return  # else the record's own rule rebuilds its version entry first
         stamp = newest[len(versions) :]
         raw = await _Lookup(keyspace.message_of(thread, stamp))
@@ -350,31 +348,31 @@ class Checker:
         deleted = record.unpack_message(raw)[0].deleted
         expected = keyspace.place(stamp, is_first=stamp == first, deleted=deleted)
         if value != expected:
-            yield Problem("dangling", _shown(key), "it does not lead to the newest version", ((key, expected),))
+            report("dangling", "it does not lead to the newest version", (key, expected))
 
-    async def _judge_thread_index(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+    async def _judge_thread_index(self, key: bytes, value: bytes, report: _Reporter) -> None:
         self.counts["indexes"] += 1
         parts = key.split(b":")
         space = b":".join(parts[:2]) + b":"
         length, at = _THREAD_INDEXES.get(space, (0, 0))
         if len(parts) != length:
-            yield Problem("unknown", _shown(key), "the key is no index entry")
+            report("unknown", "the key is no index entry")
             return
         raw = await _Lookup(keyspace.meta_of(parts[at]))
         if raw is None:
-            yield Problem("dangling", _shown(key), "the thread has no metadata", ((key, None),))
+            report("dangling", "the thread has no metadata", (key, None))
         elif space == keyspace.CLOSED and not record.unpack_thread(raw)[0].deleted_ns:
-            yield Problem("dangling", _shown(key), "the thread is not deleted", ((key, None),))
+            report("dangling", "the thread is not deleted", (key, None))
         elif space == keyspace.WRITER and value not in (keyspace.MEMBER, keyspace.REMOVED):
-            fix = ((key, keyspace.REMOVED),)  # the author of a damaged entry counts as removed until added again
-            yield Problem("damaged", _shown(key), "the entry says neither member nor removed", fix)
+            fix = (key, keyspace.REMOVED)  # the author of a damaged entry counts as removed until added again
+            report("damaged", "the entry says neither member nor removed", fix)
 
-    async def _judge_map(self, key: bytes, value: bytes) -> AsyncIterator[Problem]:
+    async def _judge_map(self, key: bytes, value: bytes, report: _Reporter) -> None:
         self.counts["maps"] += 1
         if _key_id(value) is None:
-            yield Problem("damaged", _shown(key), "the map does not hold the id of a key")
+            report("damaged", "the map does not hold the id of a key")
         if await _Lookup(keyspace.meta_of(key[len(keyspace.MAP) :])) is None:
-            yield Problem("orphaned", _shown(key), "the mapped thread has no metadata")
+            report("orphaned", "the mapped thread has no metadata")
 
     async def _judge_heads(self) -> AsyncIterator[Problem]:
         async for heads in self._view.heads():

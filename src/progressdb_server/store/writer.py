@@ -102,17 +102,11 @@ class DiskThread:
 
 
 def _settle(future: asyncio.Future[None], error: BaseException | None) -> None:
-    if future.done():
-        return
-    if error is None:
-        future.set_result(None)
-    else:
-        future.set_exception(error)
-
-
-def _refuse(pending: PendingWrite, error: StoreUnavailableError) -> None:
-    if not pending.future.done():
-        pending.future.set_exception(error)
+    if not future.done():  # its caller may have been cancelled
+        if error is None:
+            future.set_result(None)
+        else:
+            future.set_exception(error)
 
 
 class _Queue:
@@ -340,7 +334,7 @@ class StoreWriter(ABC):
     def _enqueue(self, pending: PendingWrite) -> None:
         reason = self._refusal(pending.size)
         if reason is not None:
-            _refuse(pending, self._refused(reason))
+            _settle(pending.future, self._refused(reason))
             return
         self._queue.add(pending)
         if self._gathering.waiting is not None and self._queue.fills_a_group:
@@ -362,7 +356,7 @@ class StoreWriter(ABC):
 
     def _refuse_queue(self, reason: str) -> None:
         for pending in self._queue.take_all():
-            _refuse(pending, self._refused(reason))
+            _settle(pending.future, self._refused(reason))
 
     # --- groups ---------------------------------------------------------------------------------------------------
     async def _run(self) -> None:
@@ -381,7 +375,7 @@ class StoreWriter(ABC):
         except EngineBusyError:
             self._last_group_failed = True
             for pending in group:
-                _refuse(pending, StoreUnavailableError(self.busy))
+                _settle(pending.future, StoreUnavailableError(self.busy))
             return
         except Exception as error:  # noqa: BLE001  after any error the waiters must get a result and the engine must recover
             self._fail(group, error)
@@ -389,12 +383,7 @@ class StoreWriter(ABC):
         self._last_group_failed = False
         self._metrics.committed(len(group), time.perf_counter() - started)
         for pending in group:
-            future = pending.future
-            if not future.done():  # its caller may have been cancelled
-                if failed and pending in failed:
-                    future.set_exception(failed[pending])
-                else:
-                    future.set_result(None)
+            _settle(pending.future, failed.get(pending))
 
     # --- failure --------------------------------------------------------------------------------------------------
     def _fail(self, group: list[PendingWrite], error: Exception) -> None:
@@ -409,7 +398,8 @@ class StoreWriter(ABC):
             self._recovery = asyncio.get_running_loop().create_task(self._recover())
         for pending in group:
             known = isinstance(error, NotWrittenError)
-            _refuse(pending, self._refused(str(error)) if known else OutcomeUnknownError(self.unconfirmed))
+            refusal = self._refused(str(error)) if known else OutcomeUnknownError(self.unconfirmed)
+            _settle(pending.future, refusal)
         self._refuse_queue(self._read_only or self.away)
 
     async def _recover(self) -> None:
