@@ -16,6 +16,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Hashable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlencode
@@ -45,6 +46,7 @@ from minikms_gateway.reasons import (
     RefusedRequestError,
     RefusedTokenError,
     TooManyConnectionsError,
+    reason_of,
 )
 from minikms_gateway.transit.keyring import Lifetime
 from minikms_gateway.transit.table import API as TRANSIT_API
@@ -80,44 +82,31 @@ class GatewayState(NamedTuple):
     mount: str = ""
 
 
+@dataclass(eq=False, slots=True)
 class GatewaySession:
-    """One connection, as the engine closes and counts it by `link`. `group`: its name once it has one, before that
-    its addresses. `identity`: what its certificate proves under the state of `generation`. `refused`: why it
-    proves nothing any more. `proven`: it has had a good certificate, or has shown a good token. `until`: when the last
-    of its tokens expires.
+    """One connection, as the engine closes and counts it by `link`. `peer`: its address. `group`: its name once it has
+    one, before that its addresses. `identity`: what its certificate proves under the state of `generation`. `refused`:
+    why it proves nothing any more. `proven`: it has had a good certificate, or has shown a good token. `until`: when
+    the last of its tokens expires.
     """
 
-    __slots__ = (
-        "chain",
-        "closed",
-        "generation",
-        "group",
-        "identity",
-        "link",
-        "name",
-        "opened_s",
-        "peer",
-        "proven",
-        "refused",
-        "until",
-    )
+    chain: CertificateChain | None
+    peer: str
+    link: Link
+    group: str = field(init=False)
+    generation: int = -1
+    identity: Identity | None = None
+    refused: RefusedCertificateError | None = None
+    name: str = ""
+    """The name that is counted: of the certificate, or of the first token."""
+    opened_s: float = field(default_factory=time.monotonic)
+    proven: bool = False
+    closed: bool = False
+    """The connection has ended. Its last request may still wait for the keys of an issuer."""
+    until: float = 0.0
 
-    def __init__(self, chain: CertificateChain | None, peer: str, link: Link) -> None:
-        """`peer`: its address."""
-        self.chain = chain
-        self.peer = peer
-        self.group = address_group(peer)
-        self.link = link
-        self.generation = -1
-        self.identity: Identity | None = None
-        self.refused: RefusedCertificateError | None = None
-        self.name = ""
-        """The name that is counted: of the certificate, or of the first token."""
-        self.opened_s = time.monotonic()
-        self.proven = False
-        self.closed = False
-        """The connection has ended. Its last request may still wait for the keys of an issuer."""
-        self.until = 0.0
+    def __post_init__(self) -> None:
+        self.group = address_group(self.peer)
 
 
 class Gateway:
@@ -375,16 +364,8 @@ class Gateway:
 
     def _counted(self, session: GatewaySession, error: KmsRefusedError, head: ParsedHead) -> Response:
         """The answer to an error, whose reason is counted."""
-        if isinstance(error, RefusedCertificateError | RefusedTokenError | RefusedRequestError):
-            self._refusals.add(error.reason, session.peer)
-        elif isinstance(error, IssuerUnavailableError):
-            self._refusals.add("token_issuer_unavailable", session.peer)
-        elif isinstance(error, TooManyConnectionsError):
-            self._refusals.add("connections", session.peer)
-        elif isinstance(error, UnauthorizedError):
-            self._refusals.add("no_identity", session.peer)
-        elif not isinstance(error, InvalidRequestError):
-            self._refusals.add("kms_unavailable", session.peer)
+        if not isinstance(error, InvalidRequestError):
+            self._refusals.add(reason_of(error), session.peer)
         answer = transit_error(error) if self._is_transit(head) else raised_response(error)
         answer.close = answer.close or isinstance(error, TooManyConnectionsError)
         return answer

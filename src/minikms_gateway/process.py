@@ -201,7 +201,7 @@ class _GatewayProcess:
         acceptor = Acceptor(
             self.listener, server, on_failure=self.run.accept_failed, protocol_factory=self._tls.protocol_factory
         )
-        collector = metrics.GatewayCollector(self._values)
+        collector = metrics.GatewayCollector(self._app.requests, self._refusals.counts, self._values)
         async with self.run.metrics(self.metrics_listener, collector, "minikms_gateway_build_info"):
             chores = [asyncio.ensure_future(chore) for chore in self._chores()]
             self._log.info("serving", listen=config.listen, kms_socket=config.kms_socket, metrics=config.metrics)
@@ -300,19 +300,17 @@ class _GatewayProcess:
 
     # --- events -------------------------------------------------------------------------------------------------
 
-    def _values(self) -> metrics.Values:
-        return metrics.Values(
-            requests=self._app.requests,
-            refused=self._refusals.counts,
-            connections=self._server.connections_count,
-            handshakes=self._tls.handshakes_count,
-            kms_connections=self._upstream.connections_count,
-            kms_waiting=self._upstream.waiting_count,
-            kms_reachable=not self._upstream.error,
-            reload_failed=self._reload_failed,
-            certificate_until=self.loaded.certificate_until,
-            crl_until=self.loaded.trust.crl_until(),
-        )
+    def _values(self) -> dict[str, float | None]:
+        return {
+            "connections": self._server.connections_count,
+            "handshakes": self._tls.handshakes_count,
+            "kms_connections": self._upstream.connections_count,
+            "kms_waiting": self._upstream.waiting_count,
+            "kms_reachable": not self._upstream.error,
+            "reload_failed": self._reload_failed,
+            "certificate_expiry_timestamp_seconds": self.loaded.certificate_until,
+            "crl_expiry_timestamp_seconds": self.loaded.trust.crl_until(),
+        }
 
 
 def _directories(files: GatewayFiles, config: Config) -> list[str]:

@@ -108,6 +108,7 @@ class TooManyConnectionsError(KmsRefusedError):
     status = 503
     code = api.CODE_TOO_MANY
     retry_after_s = api.FULL_RETRY_SECONDS
+    reason: Final = "connections"
 
 
 class IssuerUnavailableError(KmsRefusedError):
@@ -125,6 +126,13 @@ class RefusedRequestError(ForbiddenError):
     def __init__(self, reason: RequestReason, text: str) -> None:
         super().__init__(text)
         self.reason: Final = reason
+
+
+def reason_of(error: KmsRefusedError) -> Reason:
+    """The reason of an error that answers a request."""
+    without: Reason = "no_identity" if isinstance(error, UnauthorizedError) else "kms_unavailable"
+    reason: Reason = getattr(error, "reason", without)
+    return reason
 
 
 def of_handshake(error: Exception | None) -> HandshakeReason:

@@ -20,7 +20,7 @@ from minikms_auditor.auditor import Status, WitnessStatus
 from minikms_auditor.metrics import AuditorCollector
 from minikms_auditor.sinks import SinkStatus
 from minikms_daemon.server.metrics import BATCH_SIZES, VerbTimes, WeightedHistogram, _add_replica, _Page, page
-from minikms_gateway.metrics import GatewayCollector, Values
+from minikms_gateway.metrics import GAUGES, GatewayCollector
 from minikms_replicator.metrics import Figures, ReplicatorCollector
 from progressdb_server.metrics import KmsMetrics
 from tests import needs
@@ -53,19 +53,8 @@ def pages(server: RealServer) -> dict[str, str]:
     daemon = unix_request(server.db / "run" / "minikms.sock", "/metrics")
     assert daemon.status == 200
     assert daemon.headers["content-type"].startswith("text/plain; version=0.0.4")
-    counted = Values(
-        requests={"encrypt": 1},
-        refused={"expired": 1},
-        connections=0,
-        handshakes=0,
-        kms_connections=0,
-        kms_waiting=0,
-        kms_reachable=True,
-        reload_failed=False,
-        certificate_until=0,
-        crl_until=0,
-    )
-    gateway = metrics_page(GatewayCollector(lambda: counted), "minikms_gateway_build_info")
+    counted = GatewayCollector({"encrypt": 1}, {"expired": 1}, lambda: dict.fromkeys(GAUGES, 0))
+    gateway = metrics_page(counted, "minikms_gateway_build_info")
     witnesses = (WitnessStatus("witness.example/w1", "http://w1", 0, ""),)
     seen = Status("kms.example/audit", (), witnesses=witnesses, sinks=(SinkStatus("siem", required=True),))
     auditor = metrics_page(AuditorCollector(lambda: seen), "minikms_auditor_build_info")
