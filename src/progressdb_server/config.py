@@ -338,9 +338,9 @@ VARIABLES: Final = (
     Variable("AUDIT_SERVER_UIDS", "viewer.audit_server_uids", _integers),
     Variable("LOG_FORMAT", "logging.format", str),
     Variable("LOG_LEVEL", "logging.level", str),
+    Variable("ADDR", "addr", str),  # the last one: it wins over ADDRESS and PORT
 )
-"""Two more variables are read: `ADDR` (host:port) sets two settings, and `CONFIG` names the file."""
-_OTHER_VARIABLES: Final = ("ADDR", "CONFIG", "BENCHMARK", "URL")
+_OTHER_VARIABLES: Final = ("CONFIG", "BENCHMARK", "URL")
 _KEY_SERVICE_PREFIX: Final = ENVIRONMENT_PREFIX + "MINIKMS_"
 
 
@@ -375,6 +375,12 @@ Layer = dict[str, Any]
 
 
 def _put(layer: Layer, path: str, value: object) -> None:
+    """Sets what is at the path; `addr` is host:port, which sets two settings. Raises ValueError for another text."""
+    if path == "addr":
+        host, port = split_address(str(value))
+        _put(layer, "server.address", host)
+        _put(layer, "server.port", port)
+        return
     *sections, name = path.split(".")
     for section in sections:
         layer = layer.setdefault(section, {})
@@ -409,9 +415,6 @@ def environment_layer(environment: Mapping[str, str]) -> Layer:
             _put(layer, variable.path, variable.read(value))
         except ValueError as error:
             raise ConfigError(f"{full_name} {error}") from None
-    address = environment.get(ENVIRONMENT_PREFIX + "ADDR", "")
-    if address:
-        _put_address(layer, address, ENVIRONMENT_PREFIX + "ADDR")
     return layer
 
 
@@ -419,22 +422,12 @@ def flags_layer(flags: Mapping[str, object]) -> Layer:
     """The settings of the command line: `addr`, and others by path. None is a flag that was not given."""
     layer: Layer = {}
     for name, value in flags.items():
-        if value is None:
-            continue
-        if name == "addr":
-            _put_address(layer, str(value), "--addr")
-        else:
-            _put(layer, name, value)
+        if value is not None:
+            try:
+                _put(layer, name, value)
+            except ValueError as error:
+                raise ConfigError(f"--{name} {error}") from None
     return layer
-
-
-def _put_address(layer: Layer, text: str, name: str) -> None:
-    try:
-        host, port = split_address(text)
-    except ValueError as error:
-        raise ConfigError(f"{name} {error}") from None
-    _put(layer, "server.address", host)
-    _put(layer, "server.port", port)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

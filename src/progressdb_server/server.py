@@ -35,11 +35,12 @@ from progressdb_server import logs
 from progressdb_server.api.application import MessageApplication
 from progressdb_server.api.gate.access import AccessControl
 from progressdb_server.api.gate.keys import presented
-from progressdb_server.api.routes import jobs as job_routes
+from progressdb_server.api.openapi.description import operations_of
 from progressdb_server.api.routes import readiness as readiness_routes
-from progressdb_server.api.routes import store_backup
+from progressdb_server.api.routes.jobs import JobHandlers
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
+from progressdb_server.api.routes.store_backup import BackupHandlers
 from progressdb_server.api.viewer.audit import AuditorClient
 from progressdb_server.api.viewer.routes import Viewer
 from progressdb_server.conditions import Look
@@ -244,9 +245,8 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         )  # fmt: skip
         viewer.start()
         started.push_async_callback(viewer.close)
-        backup_routes = store_backup.operations(store.backups, config.backups_dir)
-        ready_routes = readiness_routes.operations(readiness, look)
-        more = (*ready_routes, *job_routes.operations(jobs), *backup_routes, *viewer.operations())
+        handlers = operations_of(JobHandlers(jobs), BackupHandlers(store.backups, config.backups_dir))
+        more = (*readiness_routes.operations(readiness, look), *handlers, *viewer.operations())
         application = MessageApplication(
             store,
             access,

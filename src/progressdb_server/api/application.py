@@ -21,16 +21,19 @@ from minikms.api.errors import KmsError
 from minikms.platform.logs import Log
 from progressdb_server.api.gate import head, limits
 from progressdb_server.api.gate.access import PROBE_PATHS, AccessControl
-from progressdb_server.api.gate.errors import ApiError, internal
+from progressdb_server.api.gate.errors import INTERNAL, ApiError
 from progressdb_server.api.gate.keys import NOT_AUTHENTICATED, payer
 from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.gate.response import NO_CONTENT, ApiResponse, Exchange, error_response
-from progressdb_server.api.openapi.description import Operation
-from progressdb_server.api.routes import admin, messages, threads
+from progressdb_server.api.openapi.description import Operation, operations_of
+from progressdb_server.api.routes import admin
+from progressdb_server.api.routes.admin import AdminHandlers
 from progressdb_server.api.routes.documentation import with_documentation
 from progressdb_server.api.routes.errors import api_error
+from progressdb_server.api.routes.messages import MessageHandlers, ReactionHandlers
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.table import Routing
+from progressdb_server.api.routes.threads import ThreadHandlers
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.http.asgi import ClientGoneError, Header, Receive, Scope, Send
 from progressdb_server.kms.provider import READING, RequestReads
@@ -48,16 +51,8 @@ _CLIENT_GONE: Final = 499
 
 def operations(store: Conversations, metrics: ApiMetrics, more: tuple[Operation, ...] = ()) -> tuple[Operation, ...]:
     """Every operation of the API: those of the store, `more`, and the documentation of all of them."""
-    return with_documentation(
-        (
-            *admin.open_operations(),
-            *messages.operations(store),
-            *threads.operations(store),
-            *admin.operations(store),
-            *metrics.operations(),
-            *more,
-        )
-    )
+    of_store = (MessageHandlers(store), ReactionHandlers(store), ThreadHandlers(store), AdminHandlers(store))
+    return with_documentation((*operations_of(admin.health, admin.sign, *of_store, metrics), *more))
 
 
 class MessageApplication:
@@ -153,7 +148,7 @@ def _error_of(error: Exception, request: ApiRequest) -> ApiError:
             error=type(error).__qualname__,
             at=[f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in frames],
         )
-        return internal()
+        return ApiError(500, INTERNAL)
     if known.status == 503 and isinstance(error, (KmsError, StoreUnavailableError)):
         request.reason = error.explained if isinstance(error, StoreUnavailableError) else str(error)
     if isinstance(error, RecordUnreadableError):

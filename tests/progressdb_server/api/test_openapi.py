@@ -21,15 +21,15 @@ from progressdb_server.api.gate.errors import (
     UNAUTHORIZED,
 )
 from progressdb_server.api.gate.keys import ADMINS, OPERATORS, KeyTable
-from progressdb_server.api.openapi.description import JsonBody, Operation
+from progressdb_server.api.openapi.description import JsonBody, Operation, operations_of
 from progressdb_server.api.openapi.document import DescriptionError, document, documented_path, error_texts
-from progressdb_server.api.routes import jobs as job_routes
 from progressdb_server.api.routes import readiness as readiness_routes
-from progressdb_server.api.routes import store_backup
 from progressdb_server.api.routes.admin import INVALID_PAYLOAD, SignBody
+from progressdb_server.api.routes.jobs import JobHandlers
 from progressdb_server.api.routes.messages import INVALID_VERSION, REACTION_TOO_LONG, ROLE_TOO_LONG
 from progressdb_server.api.routes.metrics import ApiMetrics
 from progressdb_server.api.routes.readiness import Readiness
+from progressdb_server.api.routes.store_backup import BackupHandlers
 from progressdb_server.api.routes.table import Resource
 from progressdb_server.api.routes.threads import SLUG_TOO_LONG, TITLE_TOO_LONG
 from progressdb_server.api.viewer.audit import AuditorClient
@@ -69,14 +69,13 @@ BODIES: dict[str, Any] = {
 def whole_table() -> tuple[Operation, ...]:
     api = Api()
     jobs: Any = SimpleNamespace(table=None)  # no route is called
-    backups = store_backup.operations(jobs, Path("/"))
     store: Any = SimpleNamespace(engine=None)
     readiness = Readiness(store, jobs, KmsMetrics())
     metrics = ApiMetrics(CollectorRegistry())
     auditor = AuditorClient(config.ViewerSection())
     viewer = Viewer(store, jobs, jobs, readiness, KeyTable(), metrics=metrics, auditor=auditor, look=jobs, secure=False)
-    ready = readiness_routes.operations(readiness, jobs)
-    more = (*ready, *job_routes.operations(jobs), *backups, *viewer.operations())
+    handlers = operations_of(JobHandlers(jobs), BackupHandlers(jobs, Path("/")))
+    more = (*readiness_routes.operations(readiness, jobs), *handlers, *viewer.operations())
     return operations(api.store, metrics, more)
 
 

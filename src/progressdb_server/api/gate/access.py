@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Final
 
 from minikms.platform.addresses import address_group
 from progressdb_server.api.gate import head, limits
-from progressdb_server.api.gate.errors import ApiError, bad_request, forbidden, too_many_requests, unauthorized
+from progressdb_server.api.gate.errors import RATE_LIMITED, ApiError, bad_request, forbidden, retry_after, unauthorized
 from progressdb_server.api.gate.keys import OPERATORS, Caller, KeyTable, presented_key, verified_user
 from progressdb_server.api.gate.rates import RateBuckets
 from progressdb_server.config import Security, parse_network
@@ -67,27 +67,14 @@ def for_users(path: str) -> bool:
 class AllowList:
     """Networks that may call; an empty list admits every address. Caches its decisions, up to a bound."""
 
-    def __init__(self, entries: tuple[str, ...], *, count_max: int = limits.ADDRESSES_COUNT_MAX) -> None:
+    def __init__(self, entries: tuple[str, ...]) -> None:
         self._networks = tuple(parse_network(entry) for entry in entries)
-        self._cache: OrderedDict[str, bool] = OrderedDict()
-        self._count_max = count_max
-
-    def __len__(self) -> int:
-        """How many decisions are cached."""
-        return len(self._cache)
+        self.is_listed = lru_cache(limits.ADDRESSES_COUNT_MAX)(self._look_up)
 
     def admits(self, address: str) -> bool:
-        if not self._networks:
-            return True
-        admitted = self._cache.get(address)
-        if admitted is None:
-            admitted = self._is_listed(address)
-            while len(self._cache) >= self._count_max:
-                self._cache.popitem(last=False)
-            self._cache[address] = admitted
-        return admitted
+        return not self._networks or self.is_listed(address)
 
-    def _is_listed(self, address: str) -> bool:
+    def _look_up(self, address: str) -> bool:
         try:
             parsed = ipaddress.ip_address(address)
         except ValueError:
@@ -224,4 +211,4 @@ class AccessControl:
 def _check_wait(wait_s: float) -> None:
     """Checks that there was a token. Raises ApiError 429."""
     if wait_s > 0:
-        raise too_many_requests(math.ceil(wait_s))
+        raise ApiError(429, RATE_LIMITED, (retry_after(math.ceil(wait_s)),))

@@ -67,20 +67,8 @@ def too_large(headers: tuple[Header, ...] = ()) -> ApiError:
     return ApiError(413, TOO_LARGE, headers)
 
 
-def too_many_requests(retry_after_s: int) -> ApiError:
-    return ApiError(429, RATE_LIMITED, (retry_after(retry_after_s),))
-
-
-def bodies_full() -> ApiError:
-    return ApiError(503, BODIES_FULL, (retry_after(limits.BODIES_RETRY_SECONDS),))
-
-
-def lists_full() -> ApiError:
-    return ApiError(503, LISTS_FULL, (retry_after(limits.BODIES_RETRY_SECONDS),))
-
-
-def internal() -> ApiError:
-    return ApiError(500, INTERNAL)
+def full(text: str) -> ApiError:
+    return ApiError(503, text, (retry_after(limits.BODIES_RETRY_SECONDS),))
 
 
 def retry_after(seconds: int) -> Header:

@@ -33,24 +33,10 @@ IF_NONE_MATCH: Final = b"if-none-match"
 FORWARDED_FOR: Final = b"x-forwarded-for"
 """Read from the raw headers, because each proxy may add one (`access.Proxies`)."""
 
-_READ: Final = frozenset(
-    {
-        ORIGIN,
-        AUTHORIZATION,
-        API_KEY,
-        USER_ID,
-        USER_SIGNATURE,
-        REQUEST_ID,
-        IDENTITY,
-        IDEMPOTENCY_KEY,
-        CONTENT_LENGTH,
-        EXPECT,
-        COOKIE,
-        IF_NONE_MATCH,
-    }
-)
-_HARMLESS: Final = frozenset({ORIGIN, REQUEST_ID, EXPECT, COOKIE, IF_NONE_MATCH})
-"""Sent twice, these count as not sent. Any other of the headers above sent twice is refused."""
+_DECISIVE: Final = {AUTHORIZATION, API_KEY, USER_ID, USER_SIGNATURE, IDENTITY, IDEMPOTENCY_KEY, CONTENT_LENGTH}
+"""Sent twice, these are refused."""
+_HARMLESS: Final = {ORIGIN, REQUEST_ID, EXPECT, COOKIE, IF_NONE_MATCH}
+"""Sent twice, these count as not sent."""
 
 Headers = dict[bytes, bytes]
 
@@ -66,7 +52,7 @@ def read_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, bytes | N
     headers.clear()
     repeated: set[bytes] | None = None
     for name, value in raw:
-        if name not in _READ:
+        if name not in _DECISIVE and name not in _HARMLESS:
             continue
         if name in headers:
             repeated = {name} if repeated is None else repeated | {name}
@@ -76,7 +62,7 @@ def read_headers(raw: Sequence[tuple[bytes, bytes]]) -> tuple[Headers, bytes | N
         return headers, None
     for name in repeated & _HARMLESS:
         del headers[name]
-    refused = sorted(repeated - _HARMLESS)
+    refused = sorted(repeated & _DECISIVE)
     return headers, refused[0] if refused else None
 
 

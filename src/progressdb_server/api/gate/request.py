@@ -20,12 +20,13 @@ from minikms.api.decoding import UNDECODABLE
 from progressdb_server.api.gate import head, keys, limits
 from progressdb_server.api.gate.errors import (
     AUTHOR_REQUIRED,
+    BODIES_FULL,
     CLOSE_HEADERS,
     INVALID_IDEMPOTENCY_KEY,
     INVALID_JSON,
     ApiError,
     bad_request,
-    bodies_full,
+    full,
     too_large,
 )
 from progressdb_server.http.asgi import BODY_REFUSED, DIRECT, ClientGoneError, DirectChannel, Receive, Scope
@@ -114,7 +115,7 @@ def decode_json(raw: bytes, decoder: msgspec.json.Decoder[Body], refusal: str = 
 
 def _no_body(message: MutableMapping[str, Any]) -> Exception:
     """Why the message is no part of a body."""
-    return bodies_full() if message["type"] == BODY_REFUSED else ClientGoneError()
+    return full(BODIES_FULL) if message["type"] == BODY_REFUSED else ClientGoneError()
 
 
 class ApiRequest:
@@ -237,20 +238,8 @@ class ApiRequest:
         declared = self.headers.get(head.CONTENT_LENGTH)
         if declared is not None and declared.isdigit() and int(declared) > REQUEST_BYTES_MAX:
             await self._discard(int(declared))
-        message = await self._receive()
-        if message["type"] != "http.request":
-            raise _no_body(message)
-        first: bytes = message.get("body", b"")
-        if not message.get("more_body", False):
-            if len(first) > REQUEST_BYTES_MAX:
-                raise too_large()
-            self.body_bytes = len(first)
-            return first
-        return await self._rest_of_body(first)
-
-    async def _rest_of_body(self, first: bytes) -> bytes:
-        parts = [first]
-        length = len(first)
+        parts: list[bytes] = []
+        length = 0
         while True:
             message = await self._receive()
             if message["type"] != "http.request":

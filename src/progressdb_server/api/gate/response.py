@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from progressdb_server.api.gate import limits
-from progressdb_server.api.gate.errors import ApiError, lists_full
+from progressdb_server.api.gate.errors import LISTS_FULL, ApiError, full
 from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.http.asgi import ClientGoneError, Header, ListsFullError, Receive, Send
 from progressdb_server.http.limits import STREAM_STALL_SECONDS_MAX
@@ -134,7 +134,7 @@ class Exchange:
                 try:
                     await waiting
                 except ListsFullError:
-                    raise lists_full() from None
+                    raise full(LISTS_FULL) from None
             try:
                 await send_list(response, self.receive, self.send)
             finally:

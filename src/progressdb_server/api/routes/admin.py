@@ -27,7 +27,6 @@ from progressdb_server.api.openapi.description import (
     Operation,
     Parameter,
     object_of,
-    operations_of,
     ref,
     texts,
 )
@@ -89,8 +88,7 @@ class AdminHandlers:
     )
     async def stats(self, request: ApiRequest) -> ApiResponse:
         """Count the threads, and all stored versions of messages."""
-        counts = await self._store.stats()
-        return json_response({"threads": counts["threads"], "messages": counts["messages"]})
+        return json_response(await self._store.stats())
 
     @Operation(
         "GET",
@@ -140,12 +138,3 @@ class AdminHandlers:
         if value is None:
             raise not_found(KEY_NOT_FOUND)
         return octets_response(value)
-
-
-def open_operations() -> tuple[Operation, ...]:
-    """The operations that need no store."""
-    return operations_of(health, sign)
-
-
-def operations(store: Conversations) -> tuple[Operation, ...]:
-    return operations_of(AdminHandlers(store))

@@ -28,7 +28,6 @@ from progressdb_server.api.openapi.description import (
     Parameter,
     Schema,
     object_of,
-    operations_of,
     texts,
 )
 from progressdb_server.api.routes.paging import Paging
@@ -372,7 +371,3 @@ class JobHandlers:
         """Remove the backups of a job."""
         job_id = request.path_params["job"]
         return json_response({"job_id": job_id, "removed": await self._jobs.rotation.drop_backups(job_id)})
-
-
-def operations(jobs: Jobs) -> tuple[Operation, ...]:
-    return operations_of(JobHandlers(jobs))

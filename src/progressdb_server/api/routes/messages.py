@@ -51,7 +51,6 @@ from progressdb_server.api.openapi.description import (
     Schema,
     list_of,
     nullable,
-    operations_of,
     ref,
     text,
     texts,
@@ -580,7 +579,3 @@ class ReactionHandlers:
             request_id=request.request_id,
         )
         return NO_CONTENT
-
-
-def operations(store: Conversations) -> tuple[Operation, ...]:
-    return operations_of(MessageHandlers(store), ReactionHandlers(store))

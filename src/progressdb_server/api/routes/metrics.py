@@ -23,7 +23,7 @@ from minikms.conditions import KEY_SERVICE, gauge
 from progressdb_server.api.gate.keys import OPERATORS
 from progressdb_server.api.gate.request import ApiRequest
 from progressdb_server.api.gate.response import ApiResponse
-from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation, operations_of
+from progressdb_server.api.openapi.description import NOTHING, TEXT, Operation
 from progressdb_server.conditions import SERVER, Look
 from progressdb_server.metrics import Histogram, Mean, mean_of
 
@@ -133,6 +133,3 @@ class ApiMetrics(Collector):
         """Read the metrics in the text format of Prometheus."""
         self._conditions = await self.look.conditions() if self.look else []
         return ApiResponse(200, generate_latest(self.registry), (b"content-type", CONTENT_TYPE_LATEST.encode("ascii")))
-
-    def operations(self) -> tuple[Operation, ...]:
-        return operations_of(self)

@@ -28,7 +28,6 @@ from progressdb_server.api.openapi.description import (
     Operation,
     list_of,
     object_of,
-    operations_of,
 )
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.model import (
@@ -55,6 +54,8 @@ _DECODER: Final = msgspec.json.Decoder(BackupBody)
 
 
 class BackupHandlers:
+    """Backups are made in `directory`."""
+
     def __init__(self, backups: Backups, directory: Path) -> None:
         self._backups = backups
         self._directory = directory
@@ -124,8 +125,3 @@ class BackupHandlers:
         forgotten = await self._backups.forget(name)
         _log.warning("backup_forgotten", paths=[known.path for known in forgotten])
         return json_response({"name": name, "forgotten": len(forgotten)})
-
-
-def operations(backups: Backups, directory: Path) -> tuple[Operation, ...]:
-    """Backups are made in `directory`."""
-    return operations_of(BackupHandlers(backups, directory))

@@ -33,7 +33,6 @@ from progressdb_server.api.openapi.description import (
     Schema,
     list_of,
     nullable,
-    operations_of,
     ref,
     text,
 )
@@ -286,7 +285,3 @@ class ThreadHandlers:
         checked_author(member)
         await self._store.members.remove(await self._administered(request), member)
         return NO_CONTENT
-
-
-def operations(store: Conversations) -> tuple[Operation, ...]:
-    return operations_of(ThreadHandlers(store))
