@@ -13,14 +13,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 GAUGES: Final = {
-    "connections": "Open connections after their handshake.",
-    "handshakes": "Handshakes that have not ended.",
-    "kms_connections": "Open connections to the key service.",
-    "kms_waiting": "Requests that wait for a connection to it.",
-    "kms_reachable": "0 if the last attempt to reach it failed.",
-    "reload_failed": "1 while changed files are not valid.",
-    "certificate_expiry_timestamp_seconds": "When its own expires.",
-    "crl_expiry_timestamp_seconds": "When the first expires.",
+    "minikms_gateway_connections": "Open connections after their handshake.",
+    "minikms_gateway_handshakes": "Handshakes that have not ended.",
+    "minikms_gateway_kms_connections": "Open connections to the key service.",
+    "minikms_gateway_kms_waiting": "Requests that wait for a connection to it.",
+    "minikms_gateway_kms_reachable": "0 if the last attempt to reach it failed.",
+    "minikms_gateway_reload_failed": "1 while changed files are not valid.",
+    "minikms_gateway_certificate_expiry_timestamp_seconds": "When its own expires.",
+    "minikms_gateway_crl_expiry_timestamp_seconds": "When the first expires.",
 }
 
 
@@ -44,4 +44,4 @@ class GatewayCollector(Collector):
         yield refused
         for name, value in self.read().items():
             if value is not None:
-                yield GaugeMetricFamily(f"minikms_gateway_{name}", GAUGES[name], value)
+                yield GaugeMetricFamily(name, GAUGES[name], value)

@@ -302,14 +302,14 @@ class _GatewayProcess:
 
     def _values(self) -> dict[str, float | None]:
         return {
-            "connections": self._server.connections_count,
-            "handshakes": self._tls.handshakes_count,
-            "kms_connections": self._upstream.connections_count,
-            "kms_waiting": self._upstream.waiting_count,
-            "kms_reachable": not self._upstream.error,
-            "reload_failed": self._reload_failed,
-            "certificate_expiry_timestamp_seconds": self.loaded.certificate_until,
-            "crl_expiry_timestamp_seconds": self.loaded.trust.crl_until(),
+            "minikms_gateway_connections": self._server.connections_count,
+            "minikms_gateway_handshakes": self._tls.handshakes_count,
+            "minikms_gateway_kms_connections": self._upstream.connections_count,
+            "minikms_gateway_kms_waiting": self._upstream.waiting_count,
+            "minikms_gateway_kms_reachable": not self._upstream.error,
+            "minikms_gateway_reload_failed": self._reload_failed,
+            "minikms_gateway_certificate_expiry_timestamp_seconds": self.loaded.certificate_until,
+            "minikms_gateway_crl_expiry_timestamp_seconds": self.loaded.trust.crl_until(),
         }
 
 
