@@ -88,6 +88,18 @@ class Status(msgspec.Struct, frozen=True):
     sinks: tuple[SinkStatus, ...] = ()
     indexed_seq: int = 0
 
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong beside the alarm: the errors, the sinks that fail, and a quorum that is out of reach."""
+        problems = list(self.errors)
+        for sink in self.sinks:
+            if sink.error:
+                problems.append(f"the sink {sink.name}{', which is required' if sink.required else ''}: {sink.error}")
+        answering = [witness for witness in self.witnesses if not witness.error]
+        if len(answering) < self.quorum:
+            problems.append(f"{len(answering)} witnesses answer, and {self.quorum} have to cosign")
+        return problems
+
 
 class _AlarmError(Exception):
     """Nothing may be signed. The text is for the operator."""

@@ -89,7 +89,7 @@ def status(*, config: Config, json: Json = False) -> int:
     age_s = int(time.time()) - state.updated_at
     state = msgspec.structs.replace(state, errors=(*_unseen(state_dir, age_s), *state.errors))
     print_result(state, _status_lines(state, age_s), json=json)
-    return EXIT_FAILED if state.alarm or state.errors or any(sink.error for sink in state.sinks) else EXIT_GOOD
+    return EXIT_FAILED if state.alarm or state.problems else EXIT_GOOD
 
 
 @app.command
@@ -258,11 +258,8 @@ def _status_lines(status: Status, age_s: int) -> Iterator[str]:
 
     if status.alarm:
         yield f"STOPPED: {status.alarm}"
-    for error in status.errors:
-        yield f"FAILS: {error}"
-    for sink in status.sinks:
-        if sink.error:
-            yield f"FAILS: the sink {sink.name}{', which is required' if sink.required else ''}: {sink.error}"
+    for problem in status.problems:
+        yield f"FAILS: {problem}"
     yield f"  as of      {_time(status.updated_at)}, {age_s} s ago"
     yield f"  origin     {status.origin}"
     for vkey in status.vkeys:

@@ -160,6 +160,7 @@ class QuestionApplication(SmallApplication):
             indexed_seq=status.indexed_seq,
             durable_seq=status.durable_seq,
             alarm=status.alarm,
+            problems=status.problems,
         )
 
 

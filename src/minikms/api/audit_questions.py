@@ -70,7 +70,7 @@ class AuditAnswer(msgspec.Struct, frozen=True):
     thread_keys: those that the log gives to the thread. begins_late: earlier lines of the log were removed, or were in
     another one, so keys of the thread may be missing. signed_seq: the last line under the published tree checkpoint.
     indexed_seq, durable_seq: the last line of the index and of the log. alarm: why the auditor signs nothing; empty if
-    it does.
+    it does. problems: what else is wrong with it; empty also from an earlier version.
     """
 
     lines: list[AuditLine]
@@ -82,3 +82,4 @@ class AuditAnswer(msgspec.Struct, frozen=True):
     indexed_seq: int
     durable_seq: int
     alarm: str
+    problems: list[str] = []
