@@ -99,6 +99,8 @@ KEY_SERVICE: Final = listed(
     Condition("limit_used_up", DEGRADED, "{count} hourly limits of the policy refuse requests now",
               "find out who reads so much: `refused` lines with `limit_exceeded` in the audit log name it",
               "a-limit-is-used-up"),
+    Condition("limit_nearly_used", NOTICE, "less than a tenth of {count} hourly limits of the policy is left",
+              "find out who reads so much: minikms status", "a-limit-is-used-up"),
     Condition("auditor_none", NOTICE, "no auditor is attached: nobody else has the audit log",
               "minikms-auditor --help", "the-auditor-is-away"),
     Condition("auditor_silent", DEGRADED, "the auditor has not reported {since}", "minikms-auditor status",

@@ -252,6 +252,12 @@ class Meters:
         self._forget_refused(self._now_ns())
         return len(self._refused)
 
+    @property
+    def scarce(self) -> int:
+        """The number of hourly limits of which less than a tenth is left."""
+        now_ns, accounts = self._now_ns(), self._accounts.values()
+        return sum(bucket.filled_ns(now_ns) < RESERVED_NS for one in accounts for bucket in one.buckets.values())
+
     def forget_refusals(self) -> None:
         """After a change of the limits: those that still have no room count again at their next refusal."""
         self._refused.clear()

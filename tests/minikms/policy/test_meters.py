@@ -248,6 +248,16 @@ def test_the_number_of_exhausted_limits_falls_when_they_have_filled() -> None:
     assert machine.meters.exhausted == 0
 
 
+def test_a_limit_is_scarce_while_less_than_a_tenth_of_it_is_left() -> None:
+    machine = Machine(rules("decrypts_per_hour = 100", total="decrypts_per_hour = 1000"))
+    machine.passes("uid:1", 90)
+    assert machine.meters.scarce == 0
+    machine.passes("uid:1")
+    assert machine.meters.scarce == 1
+    machine.now_ms += HOUR_MS // 100
+    assert machine.meters.scarce == 0
+
+
 def test_a_limit_that_was_raised_is_no_longer_exhausted() -> None:
     machine = Machine(rules("decrypts_per_hour = 10", total="decrypts_per_hour = 1000"))
     machine.passes("uid:1", 10)
