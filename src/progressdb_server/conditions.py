@@ -7,6 +7,7 @@ which `/readyz` refuses. It must never write.
 
 from __future__ import annotations
 
+import asyncio
 import math
 import os
 import time
@@ -17,11 +18,11 @@ from msgspec.structs import replace
 
 from minikms import api
 from minikms.api import Condition
-from minikms.conditions import DEGRADED, FAILING, NOTICE, by_severity, listed, reported
+from minikms.conditions import DEGRADED, DISK_LOW_BYTES, FAILING, NOTICE, by_severity, listed, reported
 from progressdb_server.config import Config, unknown_variables
 from progressdb_server.conversations.whole import Conversations
-from progressdb_server.jobs.states import AT_WORK, UNFINISHED, Job
-from progressdb_server.jobs.table import JobTable
+from progressdb_server.jobs.runner import Runner
+from progressdb_server.jobs.states import AT_WORK, Job
 from progressdb_server.store.model import StoreUnavailableError
 
 HOUR_S: Final = 3600
@@ -34,6 +35,8 @@ JOBS_READ_MAX: Final = 1000
 # fmt: off
 SERVER: Final = listed(
     Condition("store_unavailable", FAILING, "it takes no writes: {reason}", "progressdb doctor", "the-disk-is-full"),
+    Condition("store_disk_low", NOTICE, "{free} MiB are free for the store", "make room before it is full",
+              "the-disk-is-full"),
     Condition("key_service_unavailable", FAILING, "its key service does not work: {reason}",
               "on its machine: minikms doctor", "it-does-not-answer"),
     Condition("key_service_unseen", NOTICE, "the key service does not show this server its status",
@@ -45,6 +48,8 @@ SERVER: Final = listed(
     Condition("keys_orphaned", DEGRADED, "no thread names {count} active keys", "progressdb doctor --repair"),
     Condition("auditor_alarm", DEGRADED, "the auditor signs nothing: {reason}", "minikms-auditor status",
               "a-witness-refuses"),
+    Condition("auditor_failing", DEGRADED, "the auditor has {count} problems, first {first}", "minikms-auditor status",
+              "the-auditor-is-away"),
     Condition("auditor_unanswering", DEGRADED, "the auditor can't be asked: {reason}", "minikms-auditor status",
               "the-auditor-is-away"),
     Condition("auditor_unseen", NOTICE, "whether the auditor signs is not seen here: viewer.audit_socket is not set",
@@ -61,8 +66,18 @@ SERVER: Final = listed(
               "progressdb jobs show {job}", "jobs-do-not-run"),
     Condition("job_records_failed", DEGRADED, "{count} records of job {job} failed", "progressdb jobs show {job}",
               "jobs-do-not-run"),
+    Condition("jobs_unseen", DEGRADED, "more than {count} jobs have failed or are unfinished, and older ones were not "
+              "looked at", "progressdb jobs list", "jobs-do-not-run"),
+    Condition("job_rows_damaged", DEGRADED, "the rows of {count} jobs are damaged", "progressdb check",
+              "the-store-is-damaged"),
+    Condition("due_work_failing", DEGRADED, "what is due could not be begun the last time: {reason}",
+              "it is tried again; rotations and destructions wait", "jobs-do-not-run"),
+    Condition("destruction_waiting", NOTICE, "the old key of job {job} is due to be destroyed and is not: {reason}",
+              "progressdb jobs show {job}", "jobs-do-not-run"),
     Condition("jobs_unknown", DEGRADED, "the jobs can't be read", "progressdb doctor", "jobs-do-not-run"),
     Condition("certificate_ends", DEGRADED, "the certificate {path} ends in {days} days", "renew it",
+              "a-certificate-has-expired"),
+    Condition("certificate_expired", DEGRADED, "the certificate {path} has expired", "renew it",
               "a-certificate-has-expired"),
     Condition("certificate_unknown", DEGRADED, "the certificate {path} can't be read: {reason}", "correct the file",
               "a-certificate-has-expired"),
@@ -94,7 +109,7 @@ class Look:
         self,
         store: Conversations,
         probes: Probes,
-        jobs: JobTable,
+        jobs: Runner,
         config: Config,
         auditor: Callable[[], Awaitable[list[Condition] | None]],
     ) -> None:
@@ -102,6 +117,7 @@ class Look:
         self._probes = probes
         self._jobs = jobs
         self._auditor = auditor
+        self._store_dir = "" if config.store.url else config.storage.db_path
         self._certificates = [path for path in (config.server.tls.cert_file, config.kms.cert) if path]
         self._ignored = [state("settings_ignored", reason=text) for text in unknown_variables(os.environ)]
 
@@ -110,43 +126,64 @@ class Look:
         store, now_s = self._store, time.time()
         writes, problem = await self._probes.problems()
         status = self._probes.status
-        found = [] if status is None else reported(status)
+        conditions = [] if status is None else reported(status)
         if writes and writes != problem:
-            found.append(state("store_unavailable", reason=writes))
-        if problem and not any(condition.severity == FAILING for condition in found):
-            found.append(state("key_service_unavailable", reason=problem))
+            conditions.append(state("store_unavailable", reason=writes))
+        elif self._store_dir:
+            conditions += await asyncio.to_thread(lambda: list(of_disk(self._store_dir)))
+        if problem and not any(condition.severity == FAILING for condition in conditions):
+            conditions.append(state("key_service_unavailable", reason=problem))
         elif status is None and not problem:
-            found.append(state("key_service_unseen"))
+            conditions.append(state("key_service_unseen"))
         if damage := self._probes.damage():
-            found.append(state("store_damaged", reason=damage))
-        found += [state("store_notice", reason=text) for text in store.notices]
-        answered = await self._auditor()
-        if answered is None and status is not None and status.audit.position is not None:
-            found.append(state("auditor_unseen"))
-        found += answered or []
+            conditions.append(state("store_damaged", reason=damage))
+        conditions += [state("store_notice", reason=text) for text in store.notices]
+        of_auditor = await self._auditor()
+        if of_auditor is None and status is not None and status.audit.position is not None:
+            conditions.append(state("auditor_unseen"))
+        conditions += of_auditor or []
         try:
             damage = await store.backups.damage_of_newest()
         except StoreUnavailableError as error:
             damage = str(error)
-        found += of_backup(store.backups.newest_ns / 1e9, now_s, damage=damage, of_server=store.engine.makes_backups)
+        conditions += of_backup(
+            store.backups.newest_ns / 1e9, now_s, damage=damage, of_server=store.engine.makes_backups
+        )
         try:
-            found += of_jobs([job async for job in self.standing()], now_s)
+            conditions += [condition async for condition in self._of_jobs(now_s)]
         except StoreUnavailableError:
-            found.append(state("jobs_unknown"))
+            conditions.append(state("jobs_unknown"))
         for path in self._certificates:
-            found += of_certificate(path, now_s)
-        return by_severity([*found, *self._ignored])
+            conditions += of_certificate(path, now_s)
+        return by_severity([*conditions, *self._ignored])
 
-    async def standing(self) -> AsyncIterator[Job]:
-        """Jobs that have failed or are unfinished, the newest first, among JOBS_READ_MAX."""
-        read = 0
-        async for page in self._jobs.newest():
-            for job in page:
-                if job.state == "failed" or job.state in UNFINISHED:
-                    yield job
-            read += len(page)
+    async def _of_jobs(self, now_s: float) -> AsyncIterator[Condition]:
+        table, read = self._jobs.table, 0
+        async for page in table.standing(reverse=True):
             if read >= JOBS_READ_MAX:
-                return
+                yield state("jobs_unseen", count=f"{read:,}")
+                break
+            for condition in of_jobs(page, now_s):
+                yield condition
+            read += len(page)
+        async for job in table.due():
+            if job.destroy_waits_for:
+                yield state("destruction_waiting", job=job.id, reason=job.destroy_waits_for)
+        if table.damaged:
+            yield state("job_rows_damaged", count=f"{table.damaged:,}")
+        for reason in self._jobs.overdue.values():
+            yield state("due_work_failing", reason=reason)
+
+
+def of_disk(directory: str) -> Iterator[Condition]:
+    """The conditions of the file system that has the store."""
+    try:
+        disk = os.statvfs(directory)
+    except OSError as error:
+        yield state("store_unavailable", reason=f"{directory}: {os.strerror(error.errno or 0)}")
+        return
+    if (free := disk.f_bavail * disk.f_frsize) < DISK_LOW_BYTES:
+        yield state("store_disk_low", free=f"{free // 1024**2:,}")
 
 
 def of_backup(newest_s: float, now_s: float, *, damage: str, of_server: bool) -> Iterator[Condition]:
@@ -170,10 +207,10 @@ def of_jobs(jobs: Sequence[Job], now_s: float) -> Iterator[Condition]:
             yield state("job_failed", job=job.id, reason=job.reason, verb=verb_for(job))
         elif job.state == "paused":
             yield state("job_paused", job=job.id, reason=f": {job.reason}" if job.reason else "")
-        elif job.failed:
-            yield state("job_records_failed", job=job.id, count=f"{job.failed:,}")
-        elif job.state in AT_WORK and idle_s > JOB_STALLED_S:
+        elif idle_s > JOB_STALLED_S:
             yield state("job_stalled", job=job.id, minutes=f"{int(idle_s // 60):,}")
+        if job.failed and job.state in AT_WORK:
+            yield state("job_records_failed", job=job.id, count=f"{job.failed:,}")
 
 
 def verb_for(job: Job) -> str:
@@ -189,7 +226,9 @@ def of_certificate(path: str, now_s: float) -> Iterator[Condition]:
     except (OSError, ValueError) as error:
         yield state("certificate_unknown", path=path, reason=getattr(error, "strerror", None) or "it is no certificate")
         return
-    if end_s - now_s < CERTIFICATE_ENDS_S:
+    if end_s < now_s:
+        yield state("certificate_expired", path=path)
+    elif end_s - now_s < CERTIFICATE_ENDS_S:
         yield state("certificate_ends", path=path, days=int((end_s - now_s) // (24 * HOUR_S)))
 
 

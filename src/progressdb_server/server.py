@@ -239,7 +239,7 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
         metrics = _metrics(registry, provider, tracing, started)
         secure = bool(config.server.tls.cert_file)
         auditor = AuditorClient(config.viewer)
-        metrics.look = look = Look(store, readiness, jobs.table, config, auditor.alarm)
+        metrics.look = look = Look(store, readiness, jobs, config, auditor.conditions)
         viewer = Viewer(
             store, provider, jobs, readiness, access.keys, metrics=metrics, auditor=auditor, look=look, secure=secure
         )  # fmt: skip

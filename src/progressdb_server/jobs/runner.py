@@ -27,7 +27,6 @@ from minikms.platform.logs import Log
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.jobs.states import (
     AT_WORK,
-    FINAL,
     Job,
     JobConflictError,
     JobError,
@@ -326,6 +325,8 @@ class Runner:
         self._stop = stop
         self.table = JobTable(store, now_ns)
         self._beginning = asyncio.Lock()
+        self.overdue: dict[str, str] = {}
+        """Kind of work → why what was due could not be begun the last time."""
         self._threads: dict[str, str] = {}
         """Thread → id of the job that has it, or OTHER_WORK."""
         self._workers = JobWorkers(store, self.table, self._threads, self._kind, Throttle(rate), stop)
@@ -382,20 +383,16 @@ class Runner:
         """Work on unfinished jobs that no server works on, again and again. Between two looks at all rows, only those
         that are new or had not ended are read."""
         known = {kind.name for kind in self.kinds}
-        open_ids: set[str] = set()
         since_ns = looks = 0
         first = True
         while True:
             try:
                 began_ns = self.table.now_ns()
-                if not since_ns:
-                    open_ids.clear()  # rows may have been removed
-                async for page in self.table.pages(since_ns=since_ns):
-                    open_ids.update(job.id for job in page if job.state not in FINAL)
+                async for _ in self.table.pages(since_ns=since_ns):
+                    pass
                 looks = (looks + 1) % ADOPT_LOOKS
                 since_ns = began_ns - LATE_ROWS_NS if looks else 0
-                async for page in self.table.pages_of(sorted(open_ids)):
-                    open_ids.difference_update(job.id for job in page if job.state in FINAL)
+                async for page in self.table.standing():
                     for job in page:
                         if job.unfinished and job.kind in known and job.thread not in self._threads:
                             await self._adopt_one(job, paused=first)
@@ -594,13 +591,17 @@ class Runner:
         pause_s = kind.first_s
         while pause_s < math.inf:
             await asyncio.sleep(pause_s)
+            name = type(kind).__name__
             try:
                 await kind.begin()
+                self.overdue.pop(name, None)
             except (StoreError, KmsError, JobError) as error:
-                _log.warning("jobs_tick_failed", kind=type(kind).__name__, reason=str(error))
+                self.overdue[name] = str(error)
+                _log.warning("jobs_tick_failed", kind=name, reason=str(error))
             except Exception as error:  # noqa: BLE001  a defect must not stop the rotation of worn keys; logged without its text
+                self.overdue[name] = "internal error"
                 _log.error("jobs_tick_broken", error=type(error).__qualname__, at=_lines(error))
-            pause_s = kind.every_s
+            pause_s = min(kind.first_s, kind.every_s) if name in self.overdue else kind.every_s
 
 
 def _lines(error: Exception) -> list[str]:

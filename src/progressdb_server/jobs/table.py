@@ -69,6 +69,8 @@ class JobTable:
         """When this process last began to read all rows that it did not know, 0 for never."""
         self._due: dict[str, int] = {}
         """Ids of jobs whose old keys are to be destroyed, and when."""
+        self._standing: set[str] = set()
+        """Ids of jobs that have failed or are unfinished."""
         self._damaged: set[str] = set()
         self.followed: dict[str, Job] = {}
         """The jobs of workers, as this process has last written them."""
@@ -103,6 +105,7 @@ class JobTable:
 
     def _note(self, job: Job) -> None:
         self._by_thread.setdefault(job.thread, set()).add(job.id)
+        (self._standing.discard if job.state in FINAL else self._standing.add)(job.id)
         if job.destroy_at_ns:
             self._due[job.id] = job.destroy_at_ns
 
@@ -114,6 +117,7 @@ class JobTable:
 
     def _forget(self, job_id: str) -> None:
         self._due.pop(job_id, None)
+        self._standing.discard(job_id)
         self._damaged.discard(job_id)
 
     def _readable(self, rows: Sequence[tuple[str, bytes]]) -> list[Job]:
@@ -141,6 +145,22 @@ class JobTable:
         """The jobs whose rows exist and are not damaged. A page is read when the iterator reaches it."""
         async for rows in self._store.rekeying.job_rows_of(job_ids):
             yield self._readable(rows)
+
+    async def standing(self, *, reverse: bool = False) -> AsyncIterator[list[Job]]:
+        """The jobs that have failed or are unfinished, as far as this process has read their rows, in the order of
+        their creation, or the newest first. A page is read when the iterator reaches it."""
+        job_ids = sorted(self._standing, reverse=reverse)
+        unread = set(job_ids)
+        async for page in self.pages_of(job_ids):
+            unread.difference_update(job.id for job in page)
+            jobs = sorted(page, key=lambda job: job.id, reverse=reverse)
+            yield [job for job in jobs if job.state not in FINAL]
+        self._standing -= unread  # another server has removed their rows
+
+    @property
+    def damaged(self) -> int:
+        """The number of rows that were met damaged."""
+        return len(self._damaged)
 
     def of_thread(self, thread: str) -> list[str]:
         """Ids of the thread's jobs as far as this process has read their rows, oldest first."""

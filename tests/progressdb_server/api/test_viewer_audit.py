@@ -12,6 +12,7 @@ import pytest
 
 from minikms.api.audit_questions import LINES_MAX, AuditQuestion
 from minikms_auditor.auditor import Status
+from minikms_auditor.sinks import SinkStatus
 from progressdb_server import config
 from progressdb_server.api.viewer.audit import AuditorClient, AuditorError
 from progressdb_server.conditions import state
@@ -77,9 +78,11 @@ def test_a_thread_leads_to_who_read_it_and_a_line_to_its_proof(
             assert "No lines match." in inside(f"/viewer/audit?thread=t1&{none}").text, none
         page = inside("/viewer/audit?thread=nobody").text
         assert "No lines match." in page and "may be missing" in page
-    with auditor(Status(origin="o", vkeys=(), alarm="the log is not intact")):
-        assert asyncio.run(AuditorClient(config.ViewerSection(str(server.db.parent / "q"))).alarm()) == [
-            state("auditor_alarm", reason="the log is not intact")
+    siem = SinkStatus("siem", required=True, error="its disk is full")
+    with auditor(Status(origin="o", vkeys=(), alarm="the log is not intact", quorum=1, sinks=(siem,))):
+        assert asyncio.run(AuditorClient(config.ViewerSection(str(server.db.parent / "q"))).conditions()) == [
+            state("auditor_alarm", reason="the log is not intact"),
+            state("auditor_failing", count="2", first="the sink siem, which is required: its disk is full"),
         ]
         page = inside("/viewer/audit?thread=t1").text
         assert "is not in the signed tree yet" in page and "the log is not intact" in page

@@ -51,9 +51,11 @@ async def test_a_new_kind_is_queued_fails_and_resumes_where_it_was() -> None:
         job = await jobs.add(kind, "t", trigger="admin")
         failed = await jobs.wait(job.id)
         assert (failed.state, failed.reason, failed.done) == ("failed", "held", 5)
+        assert [one.id async for page in jobs.table.standing() for one in page] == [job.id]
         kind.hold = COUNT
         await jobs.resume(job.id)
         assert (await jobs.wait(job.id)).done == COUNT
+        assert [one async for page in jobs.table.standing() for one in page] == []
 
 
 async def test_a_job_of_any_kind_has_its_thread_alone() -> None:

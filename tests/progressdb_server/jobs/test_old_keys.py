@@ -218,6 +218,11 @@ async def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: p
                     await asyncio.sleep(0.01)
         assert [line["error"] for line in logs if line["event"] == "jobs_tick_broken"][:1] == ["KeyError"]
         assert "private" not in str(logs)
+        assert jobs.overdue == {"KeyDestruction": "internal error"}
+        monkeypatch.undo()
+        async with asyncio.timeout(60):
+            while jobs.overdue:
+                await asyncio.sleep(0.01)
 
 
 async def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:

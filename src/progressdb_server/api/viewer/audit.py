@@ -40,9 +40,9 @@ BAD_TIME: Final = "a time is written as 2026-03-14T09:30, in UTC"
 BAD_NUMBER: Final = "a line has a number of at most 18 digits"
 CLOSED: Final = "it closed the connection: `users` of `[questions]` must name the user of this server"
 CONNECT_S_MAX: Final = 2.0
-ALARM_S_MAX: Final = 2.0
-ALARM_AGE_S: Final = 10.0
-"""How long a page waits for the auditor's alarm, and how long an answer counts."""
+CONDITIONS_S_MAX: Final = 2.0
+CONDITIONS_AGE_S: Final = 10.0
+"""How long a page waits for the auditor's conditions, and how long an answer counts."""
 DIGITS_MAX: Final = 18
 
 
@@ -55,31 +55,35 @@ class AuditorClient:
         self._path = settings.audit_socket
         self._uids = settings.audit_server_uids or None
         self._asking: asyncio.Task[None] | None = None
-        self._alarm = [state("auditor_unanswering", reason="it has not answered yet")]
-        self._alarm_until_s = 0.0
+        self._conditions = [state("auditor_unanswering", reason="it has not answered yet")]
+        self._until_s = 0.0
 
     @property
     def is_configured(self) -> bool:
         return bool(self._path)
 
-    async def alarm(self) -> list[Condition] | None:
-        """Why the audit log can't be relied on, as it said within ALARM_AGE_S; None where no auditor is configured."""
+    async def conditions(self) -> list[Condition] | None:
+        """What is wrong with the auditor, as it said within CONDITIONS_AGE_S; None where none is configured."""
         if not self.is_configured:
             return None
-        if self._asking is None and time.monotonic() >= self._alarm_until_s:
-            self._asking = asyncio.get_running_loop().create_task(self._ask_alarm())
+        if self._asking is None and time.monotonic() >= self._until_s:
+            self._asking = asyncio.get_running_loop().create_task(self._ask_conditions())
         if self._asking is not None:
-            await asyncio.wait({self._asking}, timeout=ALARM_S_MAX)
-        return self._alarm
+            await asyncio.wait({self._asking}, timeout=CONDITIONS_S_MAX)
+        return self._conditions
 
-    async def _ask_alarm(self) -> None:
+    async def _ask_conditions(self) -> None:
         try:
             answer = await self.ask(AuditQuestion(before=1, asker="overview"))
-            self._alarm = [state("auditor_alarm", reason=answer.alarm)] if answer.alarm else []
+            self._conditions = [state("auditor_alarm", reason=answer.alarm)] if answer.alarm else []
+            if answer.problems:
+                self._conditions.append(
+                    state("auditor_failing", count=f"{len(answer.problems):,}", first=answer.problems[0])
+                )
         except AuditorError as error:
-            self._alarm = [state("auditor_unanswering", reason=error)]
+            self._conditions = [state("auditor_unanswering", reason=error)]
         finally:
-            self._asking, self._alarm_until_s = None, time.monotonic() + ALARM_AGE_S
+            self._asking, self._until_s = None, time.monotonic() + CONDITIONS_AGE_S
 
     async def ask(self, question: AuditQuestion) -> AuditAnswer:
         try:
