@@ -17,6 +17,7 @@ import socket
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -128,24 +129,18 @@ def run(config_path: Path, log_format: str, *, require_hardening: bool) -> None:
         uvloop.run(process.serve())
 
 
+@dataclass(eq=False, repr=False)
 class _AuditorProcess:
     """One run. Used in the loop's thread."""
 
-    def __init__(
-        self,
-        auditor: Auditor,
-        sinks: Sequence[Shipper],
-        *,
-        stopping: threading.Event,
-        listener: socket.socket | None,
-        run: HelperRun,
-    ) -> None:
-        self._auditor = auditor
-        self._sinks = sinks
-        self._halt = stopping
-        self._listener = listener
-        self._run = run
-        self._status = auditor.status()
+    auditor: Auditor
+    sinks: Sequence[Shipper]
+    stopping: threading.Event
+    listener: socket.socket | None
+    run: HelperRun
+
+    def __post_init__(self) -> None:
+        self._status = self.auditor.status()
         self.questions: tuple[socket.socket, QuestionApplication] | None = None
         """Its listener, and what answers questions, if they are configured."""
 
@@ -155,25 +150,25 @@ class _AuditorProcess:
 
     async def serve(self) -> None:
         loop = asyncio.get_running_loop()
-        self._run.read_signals()
+        self.run.read_signals()
         steps = threading.Thread(target=self._work, args=("steps", self._run_steps), daemon=True)
         collector = AuditorCollector(self.status)
         async with AsyncExitStack() as served:
-            metrics = self._run.metrics(self._listener, collector, "minikms_auditor_build_info")
+            metrics = self.run.metrics(self.listener, collector, "minikms_auditor_build_info")
             await served.enter_async_context(metrics)
             if self.questions is not None:
                 served.callback(self.questions[1].close)
-                await served.enter_async_context(self._run.serving(*self.questions, QUESTION_LIMITS))
+                await served.enter_async_context(self.run.serving(*self.questions, QUESTION_LIMITS))
             steps.start()
-            for number, sink in enumerate(self._sinks):  # a stop does not wait for them: they may be killed at any time
-                ship = partial(sink.run, self._halt)
+            for number, sink in enumerate(self.sinks):  # a stop does not wait for them: they may be killed at any time
+                ship = partial(sink.run, self.stopping)
                 threading.Thread(target=self._work, args=(f"sink {number + 1}", ship), daemon=True).start()
-            watchdog = asyncio.ensure_future(self._run.watchdog())
-            await self._run.until_stopped(f"tree of {self._status.size} leaves")
-            self._halt.set()
+            watchdog = asyncio.ensure_future(self.run.watchdog())
+            await self.run.until_stopped(f"tree of {self._status.size} leaves")
+            self.stopping.set()
         await loop.run_in_executor(None, steps.join, STOP_SECONDS_MAX)
         watchdog.cancel()
-        self._run.log.info("stopped", why=self._run.why)
+        self.run.log.info("stopped", why=self.run.why)
 
     def _work(self, name: str, work: Callable[[], None]) -> None:
         """A thread. A defect ends the process: the service manager starts it again."""
@@ -181,11 +176,11 @@ class _AuditorProcess:
         try:
             work()
         except BaseException as error:  # noqa: BLE001  a thread must not end unseen
-            self._run.internal_error(f"{type(error).__name__} in the thread {name!r}")
+            self.run.internal_error(f"{type(error).__name__} in the thread {name!r}")
             os._exit(1)
 
     def _run_steps(self) -> None:
-        while not self._halt.is_set():
-            self._auditor.step()
-            self._status = self._auditor.status()
-            self._halt.wait(STEP_SECONDS)
+        while not self.stopping.is_set():
+            self.auditor.step()
+            self._status = self.auditor.status()
+            self.stopping.wait(STEP_SECONDS)

@@ -18,6 +18,7 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import msgspec
@@ -182,28 +183,22 @@ class _Missing(NamedTuple):
     why: str
 
 
+@dataclass(eq=False, repr=False)
 class Shipper:
     """Sends the lines of the tree to one sink. `run` is its thread; `cursor` and `status` may be read in others."""
 
-    def __init__(
-        self,
-        sink: Sink,
-        transport: Transport,
-        files: SinkFiles,
-        store: AuditorStore,
-        log_dir: str,
-        *,
-        log: Callable[[str, str], None],
-    ) -> None:
-        self.name = sink.name
-        self.required = sink.required
-        self._format = sink.format
-        self._transport = transport
-        self._files = files
-        self._store = store
-        self._log_dir = log_dir
-        self._log = log
-        self._sent: Cursor | None = files.cursor
+    sink: Sink
+    transport: Transport
+    files: SinkFiles
+    store: AuditorStore
+    log_dir: str
+    log: Callable[[str, str], None]
+
+    def __post_init__(self) -> None:
+        self.name = self.sink.name
+        self.required = self.sink.required
+        self._format = self.sink.format
+        self._sent: Cursor | None = self.files.cursor
         """The last line that was sent; beyond the cursor while batches settle."""
         self._settling: collections.deque[tuple[float, Cursor]] = collections.deque()
         self._follower: LogFollower | None = None
@@ -224,7 +219,7 @@ class Shipper:
     @property
     def cursor(self) -> Cursor | None:
         """The last line that the receiver certainly has."""
-        return self._files.cursor
+        return self.files.cursor
 
     # --- the thread ---------------------------------------------------------------------------------------------------
 
@@ -252,7 +247,7 @@ class Shipper:
         self._failures += 1
         self._failures_in_a_row += 1
         if text != self._error:
-            self._log("sink failed", f"{self.name}: {text}")
+            self.log("sink failed", f"{self.name}: {text}")
         self._error, self._began_s = text, None
         longest_s = min(2.0 ** min(self._failures_in_a_row, 16), BACKOFF_SECONDS_MAX)
         # Half of it at random, so that auditors that lost one receiver don't come back at once.
@@ -260,7 +255,7 @@ class Shipper:
 
     def _works(self) -> None:
         if self._error:
-            self._log("sink works again", self.name)
+            self.log("sink works again", self.name)
         self._error, self._failures_in_a_row = "", 0
 
     def _may_go_on(self) -> bool:
@@ -272,9 +267,9 @@ class Shipper:
     def rewind(self) -> None:
         """Close files and connections. Lines without an acknowledgement are sent again."""
         self._settling.clear()
-        self._sent = self._files.cursor
+        self._sent = self.files.cursor
         self._held.clear()
-        self._transport.reset()
+        self.transport.reset()
         if self._follower is not None:
             self._follower.close()
         self._follower = None
@@ -284,7 +279,7 @@ class Shipper:
     def _step(self) -> bool:
         """Send a batch. Whether there is more to do at once."""
         self._settle()
-        state = self._store.state
+        state = self.store.state
         line = state.line
         if line is None:
             return False
@@ -298,7 +293,7 @@ class Shipper:
                 self._works()
             return False
         try:
-            self._transport.deliver(batch)
+            self.transport.deliver(batch)
         except BatchRefusedError as error:
             if len(batch) > 1:
                 self._lines_max = len(batch) // 2
@@ -312,11 +307,11 @@ class Shipper:
         return True
 
     def _delivered(self, last: SinkMessage) -> None:
-        rejected = 0 if self._files.cursor is None else self._files.cursor.rejected
+        rejected = 0 if self.files.cursor is None else self.files.cursor.rejected
         cursor = Cursor(1, last.log_id, last.event.seq, last.sig, rejected)
         self._sent = cursor
-        if self._transport.settle_seconds:
-            self._settling.append((time.monotonic() + self._transport.settle_seconds, cursor))
+        if self.transport.settle_seconds:
+            self._settling.append((time.monotonic() + self.transport.settle_seconds, cursor))
         else:
             self._store_cursor(cursor)
 
@@ -325,17 +320,17 @@ class Shipper:
         if not self._settling:
             return
         now_s = time.monotonic()
-        self._transport.check()
+        self.transport.check()
         settled: Cursor | None = None
         while self._settling and self._settling[0][0] <= now_s:
             settled = self._settling.popleft()[1]
         if settled is not None:
             self._store_cursor(settled)
         if not self._settling:
-            self._transport.reset()
+            self.transport.reset()
 
     def _store_cursor(self, cursor: Cursor) -> None:
-        self._files.save(cursor)
+        self.files.save(cursor)
         self._waits = ("", 0)
         self._delivered_at = int(time.time())
         self._works()
@@ -350,11 +345,11 @@ class Shipper:
                 return self._pass_over(lost)
             if self._settling:
                 return False
-            self._transport.begin_log(cursor.log_id)
+            self.transport.begin_log(cursor.log_id)
         first = next((each.first_seq for each in logs if each.log_id == log_id), 1)
         if cursor is None:  # a new sink misses nothing that was removed before
-            first = max(first, _first_seq(self._log_dir))
-        self._files.save(Cursor(1, log_id, first - 1, b"", 0 if cursor is None else cursor.rejected))
+            first = max(first, _first_seq(self.log_dir))
+        self.files.save(Cursor(1, log_id, first - 1, b"", 0 if cursor is None else cursor.rejected))
         self.rewind()
         return True
 
@@ -386,7 +381,7 @@ class Shipper:
         """The cursor, or the last line of the receiver's own file, which must be in the tree. A file that ends before
         the cursor has lost lines; not if the cursor has no MAC, since it is then behind lines that no sink got.
         """
-        line = self._transport.last_line()
+        line = self.transport.last_line()
         if line is None:
             return cursor
         seq = record.peek_seq(line)
@@ -410,8 +405,8 @@ class Shipper:
         is reported.
         """
         after = max(0, cursor.seq - 1)
-        number = segment_before(self._log_dir, after + 1)
-        self._follower = LogFollower(self._log_dir, after_seq=after, after_segment=number)
+        number = segment_before(self.log_dir, after + 1)
+        self._follower = LogFollower(self.log_dir, after_seq=after, after_segment=number)
         for line in self._lines(cursor.seq):
             if record.peek_seq(line) != cursor.seq:
                 self._held.appendleft(line)
@@ -424,7 +419,7 @@ class Shipper:
 
     def _moved(self, cursor: Cursor, to: SinkMessage) -> Cursor:
         self._sent = moved = Cursor(1, to.log_id, to.event.seq, to.sig, cursor.rejected)
-        self._files.save(moved)
+        self.files.save(moved)
         return moved
 
     def _lines(self, until: int) -> Iterator[bytes]:
@@ -437,9 +432,9 @@ class Shipper:
 
     def _message(self, log_id: str, line: bytes) -> SinkMessage:
         event, _, sig = record.parse_line(line)
-        state = self._store.state
+        state = self.store.state
         if self._checked is None or self._checked[0] != state.size:
-            self._checked = (state.size, Tiles(self._store.read, state.size))
+            self._checked = (state.size, Tiles(self.store.read, state.size))
         index = leaf_index(state.logs, log_id, event.seq, state.size)
         if not hmac.compare_digest(self._checked[1].node(0, index), leaf_of(line)):
             raise _StoppedError(f"line {event.seq} of the log is not the one in the tree")
@@ -464,28 +459,28 @@ class Shipper:
                 wrong = "the sink is required"
             elif self._refused_in_a_row >= REFUSED_IN_A_ROW_MAX:
                 wrong = f"{self._refused_in_a_row} lines before it were refused too"
-            elif not self._files.may_reject():
+            elif not self.files.may_reject():
                 wrong = "the file of rejected lines is full"
             if wrong:
                 self._waits = (what.log_id, seq)
                 raise _StoppedError(f"{text}; {wrong}, so it waits for `minikms-auditor skip {seq}`")
         first, line, sig = (seq, what.line, what.sig) if isinstance(what, SinkMessage) else (what.first, b"null", b"")
         entry = {"log_id": what.log_id, "seq": first, "last_seq": seq, "why": why, "line": msgspec.Raw(line)}
-        self._files.reject(msgspec.json.encode(entry))
-        self._log("line rejected", f"{self.name}: {text}")
+        self.files.reject(msgspec.json.encode(entry))
+        self.log("line rejected", f"{self.name}: {text}")
         self._refused_in_a_row += isinstance(what, SinkMessage)
-        rejected = 0 if self._files.cursor is None else self._files.cursor.rejected
-        self._files.save(Cursor(1, what.log_id, seq, sig, rejected + seq - first + 1))
+        rejected = 0 if self.files.cursor is None else self.files.cursor.rejected
+        self.files.save(Cursor(1, what.log_id, seq, sig, rejected + seq - first + 1))
         self._waits = ("", 0)
         self.rewind()
 
     def _is_skipped(self, log_id: str, seq: int) -> bool:
-        return seq > 0 and self._files.is_skipped(log_id, seq)
+        return seq > 0 and self.files.is_skipped(log_id, seq)
 
     # --- status -------------------------------------------------------------------------------------------------------
 
     def status(self) -> SinkStatus:
-        cursor, line, began_s = self._files.cursor, self._store.state.line, self._began_s
+        cursor, line, began_s = self.files.cursor, self.store.state.line, self._began_s
         error = self._error
         if self.required and not error and began_s is not None and time.monotonic() - began_s > HANGS_SECONDS:
             error = f"it has not answered for {time.monotonic() - began_s:.0f} s"

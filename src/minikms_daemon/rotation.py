@@ -43,6 +43,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Container, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -98,22 +99,18 @@ class Begun(NamedTuple):
     slot_id: str
 
 
+@dataclass(eq=False, repr=False)
 class KekRotation:
-    """The rotation of a data directory. Used in the event loop's thread; `reader` reads files, `disk` changes them."""
+    """The rotation of a data directory. Used in the event loop's thread; `reader` reads files, `disk` changes them.
+    `around_passes` gives the context in which step 2 runs.
+    """
 
-    def __init__(
-        self,
-        vault: Vault,
-        *,
-        reader: Executor,
-        disk: Executor,
-        around_passes: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
-    ) -> None:
-        """`around_passes` gives the context in which step 2 runs."""
-        self._vault = vault
-        self._reader = reader
-        self._disk = disk
-        self._around_passes = around_passes
+    vault: Vault
+    reader: Executor
+    disk: Executor
+    around_passes: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+
+    def __post_init__(self) -> None:
         self._starting = asyncio.Lock()
         self.unread = 0
         """Keys whose files the last pass could not read. They may be under any KEK version."""
@@ -126,7 +123,7 @@ class KekRotation:
     @property
     def running(self) -> keyring.Rotation | None:
         """The rotation that the keyring names; None if there is none."""
-        return self._vault.keyring.body.rotation
+        return self.vault.keyring.body.rotation
 
     def progress(self, rotation: keyring.Rotation) -> dict[str, Any]:
         """Progress of `rotation`, the one that runs or ran last, for `/status`."""
@@ -152,7 +149,7 @@ class KekRotation:
         Raises ConflictError if another rotation runs or the root key was used before, StorageUnavailableError, and the
         errors of `check`.
         """
-        unlocked = self._vault.unlocked
+        unlocked = self.vault.unlocked
         slot_id: str | None = None
 
         def next_body(body: keyring.Body) -> keyring.Body:
@@ -166,7 +163,7 @@ class KekRotation:
             begun_ns = now_ns()
             at = rfc3339(begun_ns)
             if root is not None:  # the root key that it replaces is removed later
-                root_slots.check_pace(self._vault.unlocked.audit, now=at, hour_ago=rfc3339(begun_ns - HOUR_NS))
+                root_slots.check_pace(self.vault.unlocked.audit, now=at, hour_ago=rfc3339(begun_ns - HOUR_NS))
             slot = None
             if root is not None:
                 slot = unlocked.make_slot(
@@ -177,7 +174,7 @@ class KekRotation:
             return keyring.begin_rotation(body, kek=kek, slot=slot, stamp=stamp(begun_ns), at=at)
 
         async with self._starting:
-            body = await self._vault.keyring.change(next_body)
+            body = await self.vault.keyring.change(next_body)
             if slot_id is not None:
                 return Begun(False, slot_id)
             self.rewrapped = 0
@@ -222,14 +219,14 @@ class KekRotation:
         pause = RETRY_SECONDS_MIN
         while True:
             if self.running is not None:
-                await self._vault.changes.serving()
+                await self.vault.changes.serving()
             if (rotation := self.running) is None:
                 return
             try:
-                await self._vault.new_keys.groups.group_ended()
-                with self._around_passes():
+                await self.vault.new_keys.groups.group_ended()
+                with self.around_passes():
                     await self._rewrap_all(rotation)
-                await self._vault.keyring.change(self._promoted)
+                await self.vault.keyring.change(self._promoted)
             except Exception as error:  # noqa: BLE001  a rotation that has begun must be completed after any failure
                 is_known = isinstance(error, KmsRefusedError)
                 self.last_error = str(error) if is_known else f"defect: {type(error).__name__}"
@@ -248,23 +245,23 @@ class KekRotation:
         is left. Call it while no rotation runs or is due. Raises StorageUnavailableError, SealedError.
         """
         async with self._starting:
-            body = self._vault.keyring.body
+            body = self.vault.keyring.body
             version, at_ns = body.wrapping_kek.version, now_ns()
             if body.rotation is not None:
                 return
             again = keyring.Rotation(version, version, started_at=rfc3339(at_ns), stamp=stamp(at_ns))
-            if unread := sorted(self._vault.unreadable.key_ids()):
+            if unread := sorted(self.vault.unreadable.key_ids()):
                 await self._run_pass(again, partial(_these, unread))
             if not self.unread:
                 await self._rewrap_all(again)
             if not self.unread:
-                await self._vault.keyring.change(lambda body: keyring.end_revocation(body, at=now_rfc3339()))
+                await self.vault.keyring.change(lambda body: keyring.end_revocation(body, at=now_rfc3339()))
 
     async def _rewrap_all(self, rotation: keyring.Rotation) -> None:
         await self._run_pass(rotation, self._indexed)
         # After the removal of a root key the index is not enough: an older file that somebody has put back is wrapped
         # under a KEK that the removed root key opens.
-        reads_all = bool(self._vault.keyring.body.revoking)
+        reads_all = bool(self.vault.keyring.body.revoking)
         for _ in range(PASSES_MAX):
             if await self.run_pass(rotation, reads_all=reads_all) == 0:
                 return
@@ -283,7 +280,7 @@ class KekRotation:
         after: bytes | None = b""
         due: list[str] = []
         while after is not None:
-            key_ids, after = self._vault.index.under_other_keks(to_version, after=after, limit=SCAN_FILES)
+            key_ids, after = self.vault.index.under_other_keks(to_version, after=after, limit=SCAN_FILES)
             due += key_ids
             if len(due) >= BATCH_FILES:
                 yield due
@@ -295,10 +292,10 @@ class KekRotation:
         """The keys of the directory, in no order; unless `reads_all`, without those that the index has under the
         version. A listing may have a key twice.
         """
-        key_ids = self._vault.store.list_ids(changed=changed)
-        kek_version = self._vault.index.kek_version
+        key_ids = self.vault.store.list_ids(changed=changed)
+        kek_version = self.vault.index.kek_version
         due: list[str] = []
-        while chunk := await in_worker(self._reader, lambda: list(itertools.islice(key_ids, SCAN_FILES))):
+        while chunk := await in_worker(self.reader, lambda: list(itertools.islice(key_ids, SCAN_FILES))):
             due += [key_id for key_id in chunk if reads_all or kek_version(key_id) != to_version]
             if len(due) >= BATCH_FILES:
                 yield list(dict.fromkeys(due))
@@ -309,7 +306,7 @@ class KekRotation:
         self, rotation: keyring.Rotation, listing: Callable[[int, set[str]], AsyncIterator[list[str]]]
     ) -> int:
         count = self.unread = 0
-        with self._vault.locks.watch() as changed:
+        with self.vault.locks.watch() as changed:
             key_ids = listing(rotation.to_version, changed)
             reading = asyncio.create_task(self._read_due(key_ids, rotation.to_version))
             writing: asyncio.Task[None] | None = None
@@ -331,7 +328,7 @@ class KekRotation:
             finally:
                 await asyncio.gather(*filter(None, (reading, writing)), return_exceptions=True)
                 del reading, writing  # the traceback of an error of theirs leads to this frame
-        await in_worker(self._disk, self._vault.journal.flush)
+        await in_worker(self.disk, self.vault.journal.flush)
         return count
 
     async def _read_due(self, key_ids: AsyncIterator[list[str]], to_version: int) -> list[ReadFile] | None:
@@ -343,14 +340,14 @@ class KekRotation:
         async for chunk in key_ids:
             if not chunk:
                 continue
-            files = await in_worker(self._reader, partial(self._vault.store.read_many, chunk))
+            files = await in_worker(self.reader, partial(self.vault.store.read_many, chunk))
             return [(key_id, data) for key_id, data in files if isinstance(data, KmsRefusedError) or marker not in data]
         return None
 
     async def _rewrap(self, due: list[ReadFile], to_version: int) -> list[Change]:
         """The changes to write."""
         batch: list[Change] = []
-        with self._vault.arena.allocate() as key, self._vault.arena.allocate() as again:
+        with self.vault.arena.allocate() as key, self.vault.arena.allocate() as again:
             async for part in self._paced(due):
                 batch += self._rewrapped(part, to_version, key.view, again.view)
         return batch
@@ -359,7 +356,7 @@ class KekRotation:
         """The keys under the new version, without those that are there already, were destroyed, or can't be read (these
         are listed).
         """
-        vault = self._vault
+        vault = self.vault
         changes: list[Change] = []
         with dek.Rewrapper(vault.unlocked.kek_cipher, to_version, key=key, again=again) as rewrapper:
             for key_id, data in part:
@@ -387,7 +384,7 @@ class KekRotation:
         """Writes a batch, except the keys that another request changed or destroyed since they were read. Raises
         StorageUnavailableError.
         """
-        vault = self._vault
+        vault = self.vault
         async with vault.locks.hold([change.key_id for change in batch], announced=False) as held:
             # A destruction whose request was cancelled goes on without the lock.
             batch = [each for each in batch if each.key_id not in changed and each.key_id not in vault.destroyed]

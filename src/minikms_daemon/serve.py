@@ -55,8 +55,9 @@ from minikms.processes.running import Run, every
 from minikms.processes.sockets import UnixListener, listen
 from minikms.roots.providers import UNLOCK
 from minikms_daemon.seal.seal import SealableServer
-from minikms_daemon.server.parts import Parts, RunContext, Workers
+from minikms_daemon.server.parts import Parts
 from minikms_daemon.server.policy_in_force import PolicyInForce
+from minikms_daemon.server.run_context import RunContext, Workers
 from minikms_daemon.server.settings import Settings, settings_of
 
 DRAIN_SECONDS_MAX: Final = 10.0

@@ -105,7 +105,7 @@ class OpenedVault:
             rotation=self.rotation,
             pruning=self.pruning,
             removal=self.removal,
-            opened_slot_id=self.slot.slot_id,
+            proved_slot_id=self.slot.slot_id,
         )
 
     async def rotate(self, root: SecretSlot | None = None) -> None:

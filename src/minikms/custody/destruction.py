@@ -15,6 +15,7 @@ durable.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Container, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from minikms.api.errors import KmsRefusedError, StorageUnavailableError
@@ -49,6 +50,7 @@ class Destroyed(NamedTuple):
     tombstone: NumberedTombstone
 
 
+@dataclass(eq=False, repr=False)
 class Destruction:
     """The destructions of a data directory.
 
@@ -58,22 +60,14 @@ class Destruction:
     been interrupted.
     """
 
-    def __init__(
-        self,
-        tombstones: Tombstones,
-        unlocked: UnlockedKeyring,
-        stored: StoredKeyring,
-        *,
-        find_records: Callable[[Sequence[str]], Awaitable[FoundRecords]],
-        forget: Callable[[str], None],
-        remove_files: Callable[[Sequence[HeldKeys], Container[str], FoundRecords], Awaitable[list[Removal]]],
-    ) -> None:
-        self._tombstones = tombstones
-        self._unlocked = unlocked
-        self._stored = stored
-        self._find_records = find_records
-        self._forget = forget
-        self._remove_files = remove_files
+    tombstones: Tombstones
+    unlocked: UnlockedKeyring
+    stored: StoredKeyring
+    find_records: Callable[[Sequence[str]], Awaitable[FoundRecords]]
+    forget: Callable[[str], None]
+    remove_files: Callable[[Sequence[HeldKeys], Container[str], FoundRecords], Awaitable[list[Removal]]]
+
+    def __post_init__(self) -> None:
         self.groups = GroupCommit(self._destroy, items_max=GROUP_KEYS_MAX)
         self.unfinished: set[str] = set()
         """Destroyed keys whose tombstone could not be counted, or whose bytes could not be removed."""
@@ -89,9 +83,9 @@ class Destruction:
 
     async def _destroy(self, locks: list[HeldKeys]) -> Sequence[Removal | KmsRefusedError]:
         key_ids = [key_id for held in locks for key_id in held.key_ids]
-        repeated = frozenset(key_id for key_id in key_ids if key_id in self._tombstones)
+        repeated = frozenset(key_id for key_id in key_ids if key_id in self.tombstones)
         try:
-            records = await self._find_records(key_ids)
+            records = await self.find_records(key_ids)
         except StorageUnavailableError as error:
             return [self._failed(key_id, error, begun=False) for key_id in key_ids]
         outcomes: dict[str, Removal | KmsRefusedError] = {
@@ -116,7 +110,7 @@ class Destruction:
         if not key_ids:
             return {}
         try:
-            removed = await self._remove_files(locks, repeated, records)
+            removed = await self.remove_files(locks, repeated, records)
         except StorageUnavailableError as error:
             return {key_id: self._failed(key_id, error) for key_id in key_ids}
         self.unfinished.difference_update(key_ids)
@@ -124,7 +118,7 @@ class Destruction:
 
     def _failed(self, key_id: str, error: StorageUnavailableError, *, begun: bool = True) -> StorageUnavailableError:
         """`begun`: its tombstone may have been written."""
-        if key_id in self._tombstones:
+        if key_id in self.tombstones:
             self.unfinished.add(key_id)
             text = f"the key is destroyed and opens no more, but its bytes may stay: {error}; miniKMS tries again"
         elif begun:
@@ -137,14 +131,14 @@ class Destruction:
 
     async def _write_tombstones(self, key_ids: list[str]) -> None:
         """Steps one and two. Writes nothing if the keyring counts the records of all these keys."""
-        tombstones = self._tombstones
+        tombstones = self.tombstones
         unix_ns = now_ns()
         staged: Staged | None = None
         begun = appended = False
 
         def make(body: Body) -> Body:
             nonlocal staged
-            staged = tombstones.stage(self._unlocked.tombstone_key, key_ids, unix_ns // 1_000_000_000)
+            staged = tombstones.stage(self.unlocked.tombstone_key, key_ids, unix_ns // 1_000_000_000)
             if not staged.records and body.tombstone_log.count == tombstones.count:
                 return body
             return keyring.with_tombstones(body, staged.chain.count, staged.chain.head, at=rfc3339(unix_ns))
@@ -161,13 +155,13 @@ class Destruction:
             return Written(tombstones=b"" if staged is None else staged.records, destroyed=new)
 
         try:
-            await self._stored.change(make, first=append, beside=beside)
+            await self.stored.change(make, first=append, beside=beside)
         finally:
-            confirmed = begun and self._stored.changes.replication is not None
+            confirmed = begun and self.stored.changes.replication is not None
             if appended and staged is not None:
                 tombstones.adopt(staged)
             elif confirmed:
                 tombstones.name(key_ids)
             if appended or confirmed:
                 for key_id in key_ids:
-                    self._forget(key_id)
+                    self.forget(key_id)

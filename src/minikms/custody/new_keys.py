@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from minikms import api
@@ -47,25 +48,18 @@ class Wanted(NamedTuple):
     number: int = 0
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class NewKeys:
     """Makes the keys of a data directory."""
 
-    def __init__(
-        self,
-        *,
-        arena: SecretArena,
-        unlocked: UnlockedKeyring,
-        stored: StoredKeyring,
-        changes: Changes,
-        nonces: NonceSource,
-        index: KeyIndex,
-    ) -> None:
-        self._arena = arena
-        self._unlocked = unlocked
-        self._stored = stored
-        self._changes = changes
-        self._nonces = nonces
-        self._index = index
+    arena: SecretArena
+    unlocked: UnlockedKeyring
+    stored: StoredKeyring
+    changes: Changes
+    nonces: NonceSource
+    index: KeyIndex
+
+    def __post_init__(self) -> None:
         self.groups = GroupCommit(self._make_group, items_max=GROUP_KEYS_MAX)
 
     async def make(self, wanted: Wanted) -> DekRecord:
@@ -73,13 +67,13 @@ class NewKeys:
         return await self.groups.submit(wanted)
 
     async def _make_group(self, wanted: list[Wanted]) -> list[DekRecord | KmsRefusedError]:
-        new_keys = self._make_all(wanted, self._stored.body.wrapping_kek.version)
+        new_keys = self._make_all(wanted, self.stored.body.wrapping_kek.version)
         keys = [Change(each.id, b"", dek.encode(each)) for each in new_keys if isinstance(each, DekRecord)]
         if keys:
-            await self._changes.create(keys)
+            await self.changes.create(keys)
         for each in new_keys:
             if isinstance(each, DekRecord):
-                self._index.put(each)
+                self.index.put(each)
         return new_keys
 
     def _make_all(self, wanted: Sequence[Wanted], version: int) -> list[DekRecord | KmsRefusedError]:
@@ -89,7 +83,7 @@ class NewKeys:
         first_ms = created_ns // 1_000_000
         random = os.urandom(KEY_ID_RANDOM_BYTES * len(wanted))
         outcomes: list[DekRecord | KmsRefusedError] = []
-        with self._arena.allocate() as slot, self._unlocked.kek_cipher(version) as kek:
+        with self.arena.allocate() as slot, self.unlocked.kek_cipher(version) as kek:
             for number, one in enumerate(wanted):
                 try:
                     one.permit()
@@ -107,7 +101,7 @@ class NewKeys:
                     kek=kek,
                     kek_version=version,
                     dek=slot.view,
-                    nonce=self._nonces.next(),
+                    nonce=self.nonces.next(),
                     replaces=one.replaces,
                     number=one.number,
                 )

@@ -27,6 +27,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Container, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, TypeVar
 
@@ -85,58 +86,48 @@ def permitted() -> None:
     """The `Permit` of callers whose rights are not limited to threads."""
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class Vault(UnlimitedCaller):
     """The keys of a data directory. `executor` is the one thread that changes key files and keyring."""
 
-    def __init__(
-        self,
-        *,
-        arena: SecretArena,
-        unlocked: UnlockedKeyring,
-        keyring_file: KeyringFile,
-        store: DekStore,
-        rotation_backups: RotationBackups,
-        journal: Journal,
-        destroyed: Tombstones,
-        executor: Executor,
-        nonces: NonceSource,
-        index: KeyIndex,
-        cache_keys_max: int = CACHE_KEYS_MAX,
-    ) -> None:
-        self.arena = arena
-        self.unlocked = unlocked
-        self.store = store
-        self.rotation_backups = rotation_backups
-        self.journal = journal
-        self.changes = Changes(journal)
-        self.keyring = StoredKeyring(unlocked, keyring_file, self.changes)
-        self._executor = executor
-        self.nonces = nonces
-        """The nonces of wraps."""
-        self.record_keys = RecordKeys(arena)
+    arena: SecretArena
+    unlocked: UnlockedKeyring
+    keyring_file: KeyringFile
+    store: DekStore
+    rotation_backups: RotationBackups
+    journal: Journal
+    destroyed: Tombstones
+    executor: Executor
+    nonces: NonceSource
+    """The nonces of wraps."""
+    index: KeyIndex
+    cache_keys_max: int = CACHE_KEYS_MAX
+
+    def __post_init__(self) -> None:
+        self.changes = Changes(self.journal)
+        self.keyring = StoredKeyring(self.unlocked, self.keyring_file, self.changes)
+        self.record_keys = RecordKeys(self.arena)
         self.locks = KeyLocks()
         self._creating = KeyLocks()
         """The locks of threads that get a key. Taken before a lock of `locks`, never inside one."""
         self.cache: KeyCache[OpenDek] = KeyCache(
-            count_max=cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
+            count_max=self.cache_keys_max, age_ns_max=CACHE_AGE_SECONDS_MAX * 1_000_000_000
         )
-        self.index = index
         self.new_keys = NewKeys(
-            arena=arena,
-            unlocked=unlocked,
+            arena=self.arena,
+            unlocked=self.unlocked,
             stored=self.keyring,
             changes=self.changes,
-            nonces=nonces,
+            nonces=self.nonces,
             index=self.index,
         )
         self.unreadable = UnreadableKeys()
         self.replacing: dict[str, DekRecord] = {}
         """Keys that were not retired when they were replaced, each with the new one. `Indexing` retires them."""
-        self.destroyed = destroyed
-        self._archives = ArchiveRegister(os.path.dirname(store.directory))
+        self._archives = ArchiveRegister(os.path.dirname(self.store.directory))
         self._destruction = Destruction(
-            destroyed,
-            unlocked,
+            self.destroyed,
+            self.unlocked,
             self.keyring,
             find_records=self._find_records,
             forget=self.forget,
@@ -291,7 +282,7 @@ class Vault(UnlimitedCaller):
         with contextlib.suppress(KmsRefusedError):
             async with self.locks.hold((key_id,)) as held:
                 try:
-                    await in_worker(self._executor, remove)
+                    await in_worker(self.executor, remove)
                 finally:
                     self.index.remove(key_id)  # it may have no file, and the log forgets it in any case
 
@@ -344,7 +335,7 @@ class Vault(UnlimitedCaller):
             removed = await self._destruction.destroy(held)
         tombstone = self.destroyed.recent(key_id)
         if tombstone is None:
-            tombstone = await in_worker(self._executor, partial(self.destroyed.record, key_id))
+            tombstone = await in_worker(self.executor, partial(self.destroyed.record, key_id))
         return Destroyed(*removed, tombstone)
 
     @property
@@ -446,12 +437,12 @@ class Vault(UnlimitedCaller):
     async def _in_short_jobs(self, jobs: Iterator[bool]) -> None:
         """Has the disk thread do the work, with a job for each BLANK_FILES_MAX backups."""
         more = partial(next, jobs, False)
-        while await in_worker(self._executor, more):
+        while await in_worker(self.executor, more):
             pass
 
     async def blank_records(self, within: KeysWithin) -> None:
         """Blanks records of destroyed keys in a backup, durably. Raises StorageUnavailableError."""
-        await in_worker(self._executor, partial(self.rotation_backups.blank, [within]))
+        await in_worker(self.executor, partial(self.rotation_backups.blank, [within]))
 
     def page(self, *, after: str, limit: int, thread_id: str | None, state: str | None) -> KeyPage:
         """Pages as `KeyIndex.page`. Raises InvalidRequestError for an `after` that is no key id."""

@@ -15,6 +15,7 @@ import asyncio
 import heapq
 import time
 from collections.abc import Awaitable, Callable, Container, Hashable
+from dataclasses import dataclass
 from typing import Final, Generic
 
 from minikms.api.errors import KmsRefusedError
@@ -32,22 +33,19 @@ _COMMIT_AGAIN_SECONDS: Final = 0.002
 """Between two calls of `Application.commit` for a turn whose answers wait."""
 
 
+@dataclass(eq=False, repr=False)
 class HttpServer(Generic[S]):
-    """Serves an `Application` on every connection made with `protocol_factory`."""
+    """Serves an `Application` on every connection made with `protocol_factory`. `on_internal_error` gets the type of an
+    unexpected exception and where it was raised, never its text.
+    """
 
-    def __init__(
-        self,
-        app: Application[S],
-        *,
-        loop: asyncio.AbstractEventLoop,
-        on_internal_error: Callable[[str], None],
-        limits: Limits = LIMITS,
-    ) -> None:
-        """`on_internal_error` gets the type of an unexpected exception and where it was raised, never its text."""
-        self.app = app
-        self.loop = loop
-        self.limits = limits
-        self.shared = Shared(limits)
+    app: Application[S]
+    loop: asyncio.AbstractEventLoop
+    on_internal_error: Callable[[str], None]
+    limits: Limits = LIMITS
+
+    def __post_init__(self) -> None:
+        self.shared = Shared(self.limits)
         self.encoder = AnswerEncoder(time.time())
         self.connections: set[ServerConnection[S]] = set()
         self.unread = 0
@@ -59,15 +57,14 @@ class HttpServer(Generic[S]):
         """Refusals by the engine since the start."""
         self.accept_failures = 0
         """Failures of accept(2) since the start. The code that accepts connections counts them."""
-        self.now = loop.time()
+        self.now = self.loop.time()
         """The loop's time, at most `sweep_seconds` old while there are connections."""
         self.phase_seconds = {
-            Phase.IDLE: limits.idle_seconds_max,
-            Phase.HEAD: limits.head_seconds_max,
-            Phase.BODY: limits.body_seconds_max,
-            Phase.LINGER: limits.linger_seconds_max,
+            Phase.IDLE: self.limits.idle_seconds_max,
+            Phase.HEAD: self.limits.head_seconds_max,
+            Phase.BODY: self.limits.body_seconds_max,
+            Phase.LINGER: self.limits.linger_seconds_max,
         }
-        self._on_internal_error = on_internal_error
         self._groups: dict[Hashable, Group[S]] = {}
         self._turn: list[ServerConnection[S]] = []
         self._turn_scheduled = False
@@ -243,7 +240,7 @@ class HttpServer(Generic[S]):
         while trace is not None:
             place = f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"
             trace = trace.tb_next
-        self._on_internal_error(f"{type(error).__name__} at {place}")
+        self.on_internal_error(f"{type(error).__name__} at {place}")
         return refusal_response(INTERNAL)
 
     def watch(self, awaitable: Awaitable[bytes | Response], connection: ServerConnection[S], head: ParsedHead) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, TypeVar
 
 from minikms.api.errors import KmsError, KmsTimeoutError, StorageUnavailableError, copy_of
@@ -33,21 +34,17 @@ class _Request(NamedTuple, Generic[T, R]):
     outcome: asyncio.Future[R]
 
 
+@dataclass(eq=False, repr=False)
 class GroupCommit(Generic[T, R]):
     """`carry_out` carries out a group of at most `items_max` requests, or of more than one up to the sum `cost_max` of
     their costs, and returns the result or the error of each. A KmsError that it raises is the outcome of all.
     """
 
-    def __init__(
-        self,
-        carry_out: Callable[[list[T]], Awaitable[Sequence[R | KmsError]]],
-        *,
-        items_max: int,
-        cost_max: float = float("inf"),
-    ) -> None:
-        self._carry_out = carry_out
-        self._items_max = items_max
-        self._cost_max = cost_max
+    carry_out: Callable[[list[T]], Awaitable[Sequence[R | KmsError]]]
+    items_max: int
+    cost_max: float = float("inf")
+
+    def __post_init__(self) -> None:
         self._waiting: deque[_Request[T, R]] = deque()
         self._waiting_cost = 0
         self._running: asyncio.Task[None] | None = None
@@ -90,9 +87,9 @@ class GroupCommit(Generic[T, R]):
     def _next_group(self, now_s: float) -> list[_Request[T, R]]:
         group: list[_Request[T, R]] = []
         cost = 0
-        while self._waiting and len(group) < self._items_max:
+        while self._waiting and len(group) < self.items_max:
             request = self._waiting[0]
-            if group and cost + request.cost > self._cost_max:
+            if group and cost + request.cost > self.cost_max:
                 break
             self._waiting.popleft()
             self._waiting_cost -= request.cost
@@ -109,7 +106,7 @@ class GroupCommit(Generic[T, R]):
         group = self._next_group(loop.time())
         try:
             if group:
-                self._settle(group, await self._carry_out([request.item for request in group]))
+                self._settle(group, await self.carry_out([request.item for request in group]))
         except KmsError as error:
             self._settle(group, [copy_of(error) for _ in group])
         except BaseException:

@@ -49,6 +49,7 @@ from minikms_daemon.replica.state import MemberState, Move, Seals
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.server.lease import SECOND_NS, Lease, LeasedApplication
+from minikms_daemon.server.no_member import NoMember
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.encoding import Reply, json_answer
 from minikms_daemon.service.replicas import ReplicaVerbs
@@ -56,12 +57,9 @@ from minikms_daemon.service.replicas import ReplicaVerbs
 if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
     from minikms.custody.replica_file import Mark
-    from minikms.custody.vault import Vault
     from minikms.policy.meters import Meters
-    from minikms.roots.pin import PinFile
-    from minikms_daemon.server.parts import Parts, RunContext
-    from minikms_daemon.service.keks import KekVerbs
-    from minikms_daemon.service.root_removal import RootRemoval
+    from minikms_daemon.server.parts import Parts
+    from minikms_daemon.server.run_context import RunContext
 
 WATCH_SECONDS: Final = 0.1
 MARK_SECONDS: Final = 1.0
@@ -99,7 +97,7 @@ class Host(Protocol):
         """Queues a line about what the daemon did by itself."""
 
 
-class ReplicaMember:
+class ReplicaMember(NoMember):
     """One process of a member, sealed or not. Made and used in the loop's thread. `mark`: as it is on disk, not yet
     authenticated. `sealed_as`: the count in its marker.
     """
@@ -147,23 +145,15 @@ class ReplicaMember:
     def _attended(self) -> bool:
         return self._parts is not None and bool(self._parts.vault.unlocked.audit.audit_origin)
 
-    def add_verbs(
-        self,
-        table: VerbTable,
-        *,
-        vault: Vault,
-        directory: MemberDirectory | None,
-        keks: KekVerbs,
-        removal: RootRemoval,
-        pin: PinFile | None,
-    ) -> None:
+    def add_verbs(self, table: VerbTable, parts: Parts) -> None:
+        directory = parts.member
         ReplicaVerbs(
-            vault=vault,
+            vault=parts.vault,
             table=table,
-            keks=keks,
-            removal=removal,
+            keks=parts.keks,
+            removal=parts.removal,
             seals=lambda: 0 if directory is None else directory.mark.seals,
-            pin=pin,
+            pin=self._process.settings.opening.pin,
         )
 
         async def sent(answer: Awaitable[object]) -> Reply:

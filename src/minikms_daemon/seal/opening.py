@@ -7,6 +7,7 @@ still be read, which slot's key it holds, and where the audit log must go on. It
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from minikms.audit.record import LineRef
@@ -15,30 +16,27 @@ from minikms.roots.providers import RootProvider
 from minikms_daemon.seal.no_unlocking import NoUnlocking
 from minikms_daemon.server.admission import Admission
 from minikms_daemon.server.application import Seal
-from minikms_daemon.server.parts import Parts, Replica, RunContext
+from minikms_daemon.server.parts import Parts
+from minikms_daemon.server.run_context import RunContext
 from minikms_daemon.service.no_auditor import NoAuditor
 
 if TYPE_CHECKING:
     from minikms_daemon.seal.unlocking import Unlocking
+    from minikms_daemon.server.no_member import NoMember
 
 
+@dataclass(eq=False, repr=False)
 class Opener:
     """Makes the parts of each unsealed time of one process."""
 
-    def __init__(
-        self,
-        process: RunContext,
-        admission: Admission,
-        seal: Seal,
-        unlocking: Unlocking | NoUnlocking,
-        replica: Replica,
-    ) -> None:
-        self._process = process
-        self._admission = admission
-        self._seal = seal
-        self._unlocking = unlocking
-        self._replica = replica
-        self.auditor = _auditor(process)
+    process: RunContext
+    admission: Admission
+    seal: Seal
+    unlocking: Unlocking | NoUnlocking
+    replica: NoMember
+
+    def __post_init__(self) -> None:
+        self.auditor = _auditor(self.process)
         self.started_ns = time.time_ns()
         self.later_keyring = b""
         """What the database has, under a keyring key that only the root key of this host opens. Of the next opening
@@ -52,7 +50,7 @@ class Opener:
 
     def open(self, root: RootProvider) -> Parts:
         """Opens the data directory. Blocks on the disk. Raises StartError, OSError."""
-        process, own = self._process, root.name == self._process.settings.root.name
+        process, own = self.process, root.name == self.process.settings.root.name
         options = process.settings.opening._replace(index_threads=process.policy.meters is not None)
         if self._expected_head is not None:  # what the flags say of the audit log is for one start
             options = options._replace(
@@ -66,15 +64,15 @@ class Opener:
             self._source_slot_id = slot_id
         return Parts(
             process,
-            admission=self._admission,
+            admission=self.admission,
             data=data,
             proved_slot_id=slot_id if slot_id == self._source_slot_id else "",
             auditor=self.auditor,
             started_ns=self.started_ns,
-            seal=self._seal,
-            leased=self._unlocking.leased,
-            lease=self._unlocking.status,
-            replica=self._replica,
+            seal=self.seal,
+            leased=self.unlocking.leased,
+            lease=self.unlocking.status,
+            replica=self.replica,
         )
 
     def interrupted(self, parts: Parts) -> None:
@@ -84,11 +82,11 @@ class Opener:
 
     @property
     def source_is_readable(self) -> bool:
-        return self._process.settings.root.reads_again or not self._source_read
+        return self.process.settings.root.reads_again or not self._source_read
 
     def discard_source(self) -> None:
         """Closes an unread source that can be read once: it still holds the root key, which root could read there."""
-        source = self._process.settings.root
+        source = self.process.settings.root
         if not source.reads_again and not self._source_read:
             self._source_read = True
             source.discard()

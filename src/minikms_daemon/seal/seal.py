@@ -46,19 +46,19 @@ from minikms.platform.workers import in_worker
 from minikms.policy.principal import Principal
 from minikms.roots.providers import UNLOCK, GivenKey, RootProvider
 from minikms.seal_files import Attempt, Lapse, LeaseEnd, Marker
-from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.seal.application import SealedApplication, sealed_response
 from minikms_daemon.seal.no_unlocking import NoUnlocking
 from minikms_daemon.seal.opening import Opener
 from minikms_daemon.seal.state import SealMove, SealPhase, SealState
 from minikms_daemon.seal.unseal import Unsealing
 from minikms_daemon.server.admission import Admission, Session
-from minikms_daemon.server.parts import Parts, RunContext
+from minikms_daemon.server.no_member import NoMember
+from minikms_daemon.server.parts import Parts
+from minikms_daemon.server.run_context import RunContext
 from minikms_daemon.server.status import sealed_status
 from minikms_daemon.service.encoding import Reply, json_answer
 
 if TYPE_CHECKING:
-    from minikms_daemon.replica.member import ReplicaMember
     from minikms_daemon.seal.unlocking import Unlocking
 
 MARKER_RETRY_SECONDS: Final = 5.0
@@ -186,7 +186,7 @@ class SealableServer:
             body=lambda: None if self.parts is None else self.parts.vault.keyring.body,
         )
 
-    def _found_replica(self) -> ReplicaMember | NoMember:
+    def _found_replica(self) -> NoMember:
         process = self._process
         stored = replica_file.read(process.lock.directory_fd)
         if stored is None:
@@ -535,10 +535,7 @@ class SealableServer:
         """`/status` of the sealed daemon."""
         sealed_at_start = self._state.is_marked or self._state.is_flagged or self._process.settings.sealed
         return sealed_status(
-            self._process.settings,
-            policy=self._process.policy,
-            arena=self._process.arena,
-            measures=self._process.measures,
+            self._process,
             server=self.server,
             started_ns=self._opener.started_ns,
             reason=self._unlocking.why_sealed(True),

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
 from typing import Final, Literal
 
 from minikms.api.errors import KmsRefusedError
@@ -23,7 +24,7 @@ from minikms.roots.unlock_service import ReceivedKey, UnlockService
 from minikms.seal_files import SEALED_TEXT, LeaseEnd
 from minikms_daemon.server.admission import Session
 from minikms_daemon.server.lease import Lease, LeasedApplication
-from minikms_daemon.server.parts import RunContext
+from minikms_daemon.server.run_context import RunContext
 
 RETRY_SECONDS: Final = 1.0
 """Before the second question; doubled before each further one, up to the next."""
@@ -39,26 +40,21 @@ WAITING_TEXT: Final = (
 )
 
 
+@dataclass(eq=False, repr=False)
 class Unlocking:
     """One task at a time; none where another source has the root key. `unseal` opens the data directory; `lapse` seals,
     because the lease was `refused` or has `ended`; `body` is that of the open keyring.
     """
 
-    def __init__(
-        self,
-        process: RunContext,
-        *,
-        unseal: Callable[[ReceivedKey], Awaitable[None]],
-        lapse: Callable[[LeaseEnd, str], Application[Session]],
-        body: Callable[[], keyring.Body | None],
-    ) -> None:
-        self._process = process
-        source = process.settings.root
+    process: RunContext
+    unseal: Callable[[ReceivedKey], Awaitable[None]]
+    lapse: Callable[[LeaseEnd, str], Application[Session]]
+    body: Callable[[], keyring.Body | None]
+
+    def __post_init__(self) -> None:
+        source = self.process.settings.root
         self._service = source if isinstance(source, UnlockService) else None
-        self._unseal = unseal
-        self._lapse = lapse
-        self._body = body
-        seconds = process.settings.root_lease
+        seconds = self.process.settings.root_lease
         self._lease = None if seconds is None else Lease(seconds)
         self._outcomes: Counter[Outcome] = Counter()
         self._granted_at = ""
@@ -111,14 +107,14 @@ class Unlocking:
         own, pause_s = self._task, RETRY_SECONDS
         while True:
             try:
-                received = await service.ask("start", self._process.arena)
+                received = await service.ask("start", self.process.arena)
                 with received.slot:
-                    await self._unseal(received)
+                    await self.unseal(received)
             except Exception as error:  # noqa: BLE001  after any failure the daemon waits on
                 if self._task is own:
                     self._failed(error)
                 elif not isinstance(error, KmsRefusedError):  # a refusal: it was sealed after the unseal
-                    self._process.on_internal_error(f"{type(error).__name__} after an unseal")
+                    self.process.on_internal_error(f"{type(error).__name__} after an unseal")
             if self._task is not own:
                 return
             await asyncio.sleep(pause_s)
@@ -135,13 +131,13 @@ class Unlocking:
                     pause_s = RETRY_SECONDS
                 except RootRefusedError as error:
                     self._failed(error)
-                    self._lapse("refused", str(error))
+                    self.lapse("refused", str(error))
                     return
                 except Exception as error:  # noqa: BLE001  whatever it is, the lease has its end
                     self._failed(error)
                     next_s, pause_s = now_s() + pause_s, min(2 * pause_s, RETRY_SECONDS_MAX)
             if not lease.left_ns(clock.boot_ns()):
-                self._lapse("ended", self._failure)
+                self.lapse("ended", self._failure)
                 return
 
     async def _renew(self, lease: Lease, service: UnlockService) -> None:
@@ -149,11 +145,11 @@ class Unlocking:
         left_s = lease.left_ns(clock.boot_ns()) / NANOSECONDS
         try:
             async with asyncio.timeout(left_s):
-                received = await service.ask("renew", self._process.arena)
+                received = await service.ask("renew", self.process.arena)
         except TimeoutError:
             raise RootAwayError("the unlock service has not answered before the end of the lease") from None
         with received.slot as root:
-            body = self._body()
+            body = self.body()
             slot = None if body is None else body.slot_for(roots.fingerprint(root.view))
             if slot is None or not hmac.compare_digest(roots.commitment(root.view, slot.slot_id), slot.commitment):
                 raise RootAwayError("the unlock service has given a root key that does not open the keyring in use")
@@ -164,7 +160,7 @@ class Unlocking:
         if self._lease is not None:
             self._lease.grant(asked_ns)
         if self._failure:
-            self._process.log.info("root key lease renewed")
+            self.process.log.info("root key lease renewed")
         self._failure = ""
         self._granted_at = clock.now_rfc3339()
         self._outcomes["granted"] += 1
@@ -173,10 +169,10 @@ class Unlocking:
         """Logs it, unless the last question failed in the same way."""
         self._outcomes["refused" if isinstance(error, RootRefusedError) else "away"] += 1
         if not isinstance(error, KmsRefusedError | OSError):
-            self._process.on_internal_error(f"{type(error).__name__} while the unlock service was asked")
+            self.process.on_internal_error(f"{type(error).__name__} while the unlock service was asked")
         why = str(error) if isinstance(error, KmsRefusedError) else type(error).__name__
         if why != self._failure:
-            self._process.log.warning("no root key from the unlock service", why=why)
+            self.process.log.warning("no root key from the unlock service", why=why)
         self._failure = why
 
     # --- what is shown -----------------------------------------------------------------------------------------------
@@ -185,7 +181,7 @@ class Unlocking:
         """The application of an unsealed daemon, behind the lease if there is one."""
         if self._lease is None:
             return app
-        return LeasedApplication(app, lease=self._lease, ended=lambda: self._lapse("ended", self._failure))
+        return LeasedApplication(app, lease=self._lease, ended=lambda: self.lapse("ended", self._failure))
 
     def why_sealed(self, whole: bool) -> str:
         """The sentence that says why the daemon is sealed. `whole`: with the reason of the last failure."""

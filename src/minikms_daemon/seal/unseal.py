@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
@@ -49,7 +50,7 @@ from minikms.seal_files import Attempt, AttemptRecords, Kind, Outcome, write_att
 from minikms_daemon.seal.opening import Opener
 from minikms_daemon.seal.state import SealState
 from minikms_daemon.server.keybody import SecretText
-from minikms_daemon.server.parts import RunContext
+from minikms_daemon.server.run_context import RunContext
 from minikms_daemon.service.encoding import Reply, json_answer
 
 FREE_FAILURES: Final = 5
@@ -142,37 +143,31 @@ class UnsealAttempts:
         await in_worker(self._worker, partial(write_attempts, self._directory, self.records.encode()))
 
 
+@dataclass(eq=False, repr=False)
 class Unsealing:
     """The attempts to unseal one process."""
 
-    def __init__(
-        self,
-        process: RunContext,
-        state: SealState,
-        opener: Opener,
-        *,
-        files_closed: Callable[[], Awaitable[None]],
-        open_and_serve: Callable[[Attempt, RootProvider, int], Awaitable[None]],
-    ) -> None:
-        self._process = process
-        self._state = state
-        self._opener = opener
-        self.attempts = UnsealAttempts(process.lock.directory_fd, process.workers.seal)
-        self._files_closed = files_closed
-        self._open_and_serve = open_and_serve
+    process: RunContext
+    state: SealState
+    opener: Opener
+    files_closed: Callable[[], Awaitable[None]]
+    open_and_serve: Callable[[Attempt, RootProvider, int], Awaitable[None]]
+
+    def __post_init__(self) -> None:
+        self.attempts = UnsealAttempts(self.process.lock.directory_fd, self.process.workers.seal)
         self.one_attempt = asyncio.Lock()
-        self._shares = CollectedShares(process.arena)
+        self._shares = CollectedShares(self.process.arena)
 
     def status(self) -> api.UnsealStatusAnswer:
-        state, attempts = self._state, self.attempts.records
+        state, attempts = self.state, self.attempts.records
         if not state.is_sealed:
             return api.UnsealStatusAnswer(sealed=False)
         return api.UnsealStatusAnswer(
             sealed=True,
             since=state.marker.at,
             by=state.marker.actor,
-            stays_sealed=state.is_marked or self._process.settings.sealed,
-            from_source=self._opener.source_is_readable,
+            stays_sealed=state.is_marked or self.process.settings.sealed,
+            from_source=self.opener.source_is_readable,
             shares=self._shares_progress(),
             failed_attempts=len(attempts.failed()) + attempts.dropped,
         )
@@ -180,13 +175,13 @@ class Unsealing:
     def forget_keys(self) -> None:
         """What was given, and what a source that can be read once still holds."""
         self._shares.clear()
-        self._opener.discard_source()
+        self.opener.discard_source()
 
     def unseal(self, who: Principal, text: SecretSlot | SecretText | None) -> Awaitable[Reply]:
         """Tries a root key, takes the text of a share, or (None) tries the daemon's own source. After a
         KmsRefusedError the daemon is sealed. The caller releases `text`.
         """
-        return self._unseal(who, text, self._state.seals)
+        return self._unseal(who, text, self.state.seals)
 
     async def _unseal(self, who: Principal, text: SecretSlot | SecretText | None, seals: int) -> Reply:
         async with self.one_attempt:
@@ -194,8 +189,8 @@ class Unsealing:
             self._check_may_try(who, text)
             kind: Kind = "from_source" if text is None else "share" if isinstance(text, SecretText) else "root_hex"
             attempt = await self.attempts.begin(who, kind)
-            await self._files_closed()
-            self._state.check_no_seal_since(seals)
+            await self.files_closed()
+            self.state.check_no_seal_since(seals)
             try:
                 self._require_rights(who)
             except KmsRefusedError:
@@ -214,18 +209,18 @@ class Unsealing:
                 finally:
                     self._shares.take_back(share)  # unless it was zeroed meanwhile
             else:
-                await self._try(who, attempt, self._process.settings.root if text is None else GivenKey(text), seals)
+                await self._try(who, attempt, self.process.settings.root if text is None else GivenKey(text), seals)
             return json_answer(api.UnsealStatusAnswer(sealed=False))
 
     def _require_rights(self, who: Principal) -> None:
         """After a wait, before a key is used: the policy may have changed. Raises UnauthorizedError, ForbiddenError."""
-        renewed(who, self._process.policy.policy, api.UNSEAL)
+        renewed(who, self.process.policy.policy, api.UNSEAL)
 
     def _check_may_try(self, who: Principal, text: SecretSlot | SecretText | None) -> None:
-        if not self._state.is_sealed:
+        if not self.state.is_sealed:
             raise NotSealedError("the key service is not sealed")
         self.attempts.check_pause(who)
-        if text is None and not self._opener.source_is_readable:
+        if text is None and not self.opener.source_is_readable:
             raise ConflictError(
                 "the daemon's source of the root key can be read once only, and was read or closed: give the root key, "
                 "or restart the daemon with its source"
@@ -235,14 +230,14 @@ class Unsealing:
         """Tries to unseal. Raises WrongRootError, UnsealFailedError, SealedError, and the errors of
         `_require_rights`."""
         try:
-            received = await root.ask("start", self._process.arena)
+            received = await root.ask("start", self.process.arena)
             if received is None:
-                await self._open_and_serve(attempt, root, seals)
+                await self.open_and_serve(attempt, root, seals)
             else:
                 with received.slot:
-                    self._state.check_no_seal_since(seals)
+                    self.state.check_no_seal_since(seals)
                     self._require_rights(who)
-                    await self._open_and_serve(attempt, received, seals)
+                    await self.open_and_serve(attempt, received, seals)
         except UnknownRootError:
             await self.attempts.end(attempt, "wrong_root")
             given = {
@@ -259,11 +254,11 @@ class Unsealing:
             await self.attempts.end(attempt, "failed")
             raise
         except (RootAwayError, RootRefusedError) as error:
-            self._state.check_no_seal_since(seals)
+            self.state.check_no_seal_since(seals)
             await self.attempts.end(attempt, "failed")
             raise UnsealFailedError(f"the daemon stays sealed: {error}") from None
         except (KmsRefusedError, OSError) as error:
-            self._process.log.warning("unseal failed", why=str(error))
+            self.process.log.warning("unseal failed", why=str(error))
             again = "try again"
             if attempt.kind == "share":
                 again = f"enter share {attempt.share} again; the others are still there"
@@ -306,9 +301,9 @@ class Unsealing:
     def _known_sets(self) -> tuple[str, list[ShareSet]]:
         """The keyring's id and sets. It is not authenticated: that decides only which shares are refused."""
         try:
-            body, _, _ = keyring.parse_file(read_keyring(self._process.lock.directory))
+            body, _, _ = keyring.parse_file(read_keyring(self.process.lock.directory))
         except StartError as error:
-            self._process.log.warning("unseal failed", why=str(error))
+            self.process.log.warning("unseal failed", why=str(error))
             raise UnsealFailedError("the keyring could not be read; the daemon's own log says why") from None
         return body.keyring_id, [slot.shares for slot in body.slots if slot.shares is not None]
 

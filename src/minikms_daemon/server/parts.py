@@ -1,7 +1,6 @@
 """What a running daemon consists of.
 
 Owns: making each part over an opened data directory (`minikms.datadir`), joining them, and closing them. Invariants:
-one worker thread for each kind of disk work, so that none waits behind another's sync, and each does one job at a time;
 `close` waits for the jobs that have begun, then closes files and zeroes keys; `seal` zeroes the keys first, and
 `abandon` closes the files afterwards. It must never serve: that is `minikms_daemon.seal`.
 """
@@ -16,36 +15,33 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final
 
 from minikms.api.errors import StorageUnavailableError
 from minikms.audit import Event
 from minikms.audit.reader import LOG_NAME
 from minikms.audit.record import LineRef
 from minikms.custody.journal import Replayed
-from minikms.custody.vault import Indexing, Vault
+from minikms.custody.vault import Indexing
 from minikms.datadir import DataDir, oldest_audit_key, written_at_start
 from minikms.http import Application, HttpServer
 from minikms.http.exchange import refusal_response
 from minikms.http.limits import INTERRUPTED
 from minikms.memory import libc
 from minikms.memory.arena import SecretArena, SecretSlot
-from minikms.memory.process import Measure, name_thread
-from minikms.platform.directory_lock import DataDirLock
 from minikms.platform.logs import Log
-from minikms.platform.notify import Notifier
 from minikms.platform.workers import in_worker
 from minikms.roots.key_file import replace_key
-from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile
 from minikms_daemon.audit.maintenance import Maintenance
 from minikms_daemon.audit.turns import TurnAudit
 from minikms_daemon.rotation import KekRotation, Pruning
 from minikms_daemon.server.admission import Admission, Session
 from minikms_daemon.server.application import KeyApplication, Seal
-from minikms_daemon.server.policy_in_force import PolicyInForce
+from minikms_daemon.server.no_member import NoMember
+from minikms_daemon.server.run_context import RunContext, Workers
 from minikms_daemon.server.settings import Settings
-from minikms_daemon.server.status import ReplicaView, StatusPage
+from minikms_daemon.server.status import StatusPage
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.keks import KekVerbs
 from minikms_daemon.service.keys import KeyVerbs
@@ -56,77 +52,11 @@ from minikms_daemon.service.root_removal import RootRemoval
 from minikms_daemon.service.roots import RootVerbs
 
 if TYPE_CHECKING:
-    from minikms.custody.member import MemberDirectory
-    from minikms.policy.meters import Meters
     from minikms_daemon.server.lagging import LaggingApplication
 
 
 LAG_CHECK_SECONDS: Final = 0.1
 """How often the lag is compared with its bound. Lines become durable at this pace."""
-
-
-class Workers(NamedTuple):
-    """`disk` changes key files and keyring, `reader` reads key files, the others are named after what they serve.
-
-    `seal` writes the files of the sealed state, while the others may still wait for earlier work. `policy` reads
-    the policy file: no request of a caller whose rights are being revoked uses it. `lookup` reads lines of the audit
-    log, in files that take seconds to decompress.
-    """
-
-    disk: ThreadPoolExecutor
-    reader: ThreadPoolExecutor
-    audit: ThreadPoolExecutor
-    upkeep: ThreadPoolExecutor
-    seal: ThreadPoolExecutor
-    policy: ThreadPoolExecutor
-    lookup: ThreadPoolExecutor
-
-    @classmethod
-    def start(cls) -> Workers:
-        return cls(*(_worker(name) for name in cls._fields))
-
-    def shutdown(self) -> None:
-        """Returns when what was begun is done."""
-        for worker in self:
-            worker.shutdown()
-
-
-class RunContext(NamedTuple):
-    """What all parts of one process share."""
-
-    settings: Settings
-    policy: PolicyInForce
-    lock: DataDirLock
-    arena: SecretArena
-    measures: tuple[Measure, ...]
-    connections_max: int
-    workers: Workers
-    notifier: Notifier
-    log: Log
-    on_internal_error: Callable[[str], None]
-
-
-class Replica(ReplicaView, Protocol):
-    """What the parts need of `minikms_daemon.replica`."""
-
-    def add_verbs(
-        self,
-        table: VerbTable,
-        *,
-        vault: Vault,
-        directory: MemberDirectory | None,
-        keks: KekVerbs,
-        removal: RootRemoval,
-        pin: PinFile | None,
-    ) -> None: ...
-
-    def leased(self, app: Application[Session]) -> Application[Session]:
-        """`app`, behind the lease of this host if it needs one."""
-
-    def standby(self, app: KeyApplication, admission: Admission, meters: Meters | None) -> Application[Session] | None:
-        """What is served instead of `app` while this host does not serve; None where it always does."""
-
-    async def watch(self) -> None: ...
 
 
 class Parts:
@@ -146,7 +76,7 @@ class Parts:
         seal: Seal,
         leased: Callable[[Application[Session]], Application[Session]],
         lease: Callable[[], dict[str, object] | None],
-        replica: Replica,
+        replica: NoMember,
     ) -> None:
         settings, workers, policy = process.settings, process.workers, process.policy
         self._data = data
@@ -174,14 +104,14 @@ class Parts:
         RecordVerbs(self.vault, table)
         KeyVerbs(self.vault, table, self.indexing)
         self.lifecycle = LifecycleVerbs(vault=self.vault, table=table, indexing=self.indexing, reader=workers.reader)
-        self._removal = removal = RootRemoval(self.vault, self.audit)
+        self.removal = RootRemoval(self.vault, self.audit)
         self.keks = KekVerbs(
             vault=self.vault,
             table=table,
             rotation=rotation,
             pruning=Pruning(self.vault, reader=workers.reader, disk=workers.disk),
-            removal=removal,
-            opened_slot_id=proved_slot_id,
+            removal=self.removal,
+            proved_slot_id=proved_slot_id,
             rewrite_root=_root_rewriter(settings, process.arena, workers),
             pin=settings.opening.pin,
         )
@@ -189,30 +119,21 @@ class Parts:
             vault=self.vault,
             table=table,
             keks=self.keks,
-            removal=removal,
+            removal=self.removal,
             in_use_slot_id=data.slot.slot_id,
             pin=settings.opening.pin,
         )
-        replica.add_verbs(
-            table,
-            vault=self.vault,
-            directory=data.member,
-            keks=self.keks,
-            removal=removal,
-            pin=settings.opening.pin,
-        )
+        replica.add_verbs(table, self)
         auditor.serve(table, vault=self.vault, log=data.log, reader=workers.lookup)
         self._page = StatusPage(
-            settings=settings,
+            process=process,
             data=data,
             from_source=bool(proved_slot_id),
             upkeep=self.upkeep,
             position=auditor.status,
             lagging=lambda: "" if self._lagging_app is None else self._lagging_app.why,
-            measures=process.measures,
             indexing=self.indexing,
             keks=self.keks,
-            policy=policy,
             lease=lease,
             replica=replica,
             started_ns=started_ns,
@@ -278,7 +199,7 @@ class Parts:
         await self.keks.stop()
         log_dir, unlocked = self._data.log.directory, self.vault.unlocked
         oldest = await in_worker(self.workers.lookup, partial(oldest_audit_key, log_dir, unlocked))
-        await self._removal.take_over(self._data.slot.slot_id, oldest=oldest)
+        await self.removal.take_over(self._data.slot.slot_id, oldest=oldest)
         self.keks.resume()
 
     async def watch_lag(self) -> None:
@@ -358,7 +279,7 @@ class Parts:
         """Waits for what is on its way to disk, and closes the files as after a crash. After `seal`."""
         try:
             await self.keks.stop()
-            await self._removal.stop()
+            await self.removal.stop()
             await self.vault.drain()
             loop = asyncio.get_running_loop()
             for worker in (self.workers.disk, self.workers.reader, self.workers.audit, self.workers.upkeep):
@@ -369,7 +290,7 @@ class Parts:
     async def close(self) -> None:
         """Waits for what is on its way to disk, closes the files and zeroes the keys. Raises AuditUnavailableError."""
         await self.keks.stop()
-        await self._removal.stop()
+        await self.removal.stop()
         await self.vault.drain()
         loop = asyncio.get_running_loop()
         for worker in (self.workers.disk, self.workers.reader, self.workers.upkeep):
@@ -419,10 +340,3 @@ def _root_rewriter(
     if not isinstance(file, KeyFile) or not file.rewritable:
         return None
     return lambda root: asyncio.ensure_future(replace_key(file.path, root, arena, workers.disk))
-
-
-def _worker(name: str) -> ThreadPoolExecutor:
-    """A worker whose thread runs from now on: where no thread can be made, the daemon does not start."""
-    executor = ThreadPoolExecutor(1, initializer=name_thread, initargs=(name,))
-    executor.submit(int).result()
-    return executor

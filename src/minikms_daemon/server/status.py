@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
 from msgspec.structs import replace
 
@@ -26,71 +27,44 @@ if TYPE_CHECKING:
     from minikms.custody.vault import Indexing
     from minikms.datadir import DataDir
     from minikms.http import HttpServer
-    from minikms.memory.arena import SecretArena
-    from minikms.memory.process import Measure
     from minikms_daemon.audit.maintenance import Maintenance
     from minikms_daemon.server.admission import Session
-    from minikms_daemon.server.policy_in_force import PolicyInForce
-    from minikms_daemon.server.settings import Settings
+    from minikms_daemon.server.no_member import NoMember
+    from minikms_daemon.server.run_context import RunContext
     from minikms_daemon.service.keks import KekVerbs
 
 _ERROR_HIDDEN: Final = "the file is not valid"
 _KEY_HIDDEN: Final = "k_…"
 
 
-class ReplicaView(Protocol):
-    """What the status says of this host, where the key service has several."""
-
-    @property
-    def serves(self) -> bool: ...
-
-    def status(self) -> dict[str, object] | None: ...
-
-    def conditions(self) -> Iterable[Condition]: ...
-
-
+@dataclass(eq=False, repr=False, kw_only=True)
 class StatusPage:
     """`build` makes the status of an unsealed daemon."""
 
-    def __init__(
-        self,
-        *,
-        settings: Settings,
-        data: DataDir,
-        from_source: bool,
-        upkeep: Maintenance,
-        position: Callable[[], dict[str, object] | None],
-        lagging: Callable[[], str],
-        measures: tuple[Measure, ...],
-        indexing: Indexing,
-        keks: KekVerbs,
-        policy: PolicyInForce,
-        lease: Callable[[], dict[str, object] | None],
-        replica: ReplicaView,
-        started_ns: int,
-    ) -> None:
-        self._replica = replica
-        self._policy = policy
-        self._lease = lease
-        self._settings = settings
-        self._started_under = data.slot.fingerprint
-        self._provider = settings.root.name if from_source else data.slot.provider
+    process: RunContext
+    data: DataDir
+    from_source: bool
+    upkeep: Maintenance
+    position: Callable[[], dict[str, object] | None]
+    lagging: Callable[[], str]
+    """Why verbs are refused because the auditor lags; empty if they are not."""
+    indexing: Indexing
+    keks: KekVerbs
+    lease: Callable[[], dict[str, object] | None]
+    replica: NoMember
+    started_ns: int
+
+    def __post_init__(self) -> None:
+        self._started_under = self.data.slot.fingerprint
+        self._provider = self.process.settings.root.name if self.from_source else self.data.slot.provider
         """The source of the root key; for one that a request gave, what its slot has recorded."""
-        self._vault = data.vault
-        self._damaged_records = data.replayed.damaged
-        self._log = data.log
-        self._upkeep = upkeep
-        self._position = position
-        self._lagging = lagging
-        """Why verbs are refused because the auditor lags; empty if they are not."""
-        self._measures = measures
-        self._indexing = indexing
-        self._keks = keks
-        self._started_ns = started_ns
+        self._vault = self.data.vault
+        self._damaged_records = self.data.replayed.damaged
+        self._log = self.data.log
         self.server: HttpServer[Session] | None = None
         self._logger = Log()
         self._disk_was_full = self._log_refused = False
-        self._dropped_before = data.log.events_dropped
+        self._dropped_before = self.data.log.events_dropped
 
     def build(self) -> dict[str, object]:
         body = self._vault.unlocked.body
@@ -102,7 +76,7 @@ class StatusPage:
             **self._service_status(),
             "pid": os.getpid(),
             "uid": os.geteuid(),
-            "uptime_seconds": _seconds_since(self._started_ns),
+            "uptime_seconds": _seconds_since(self.started_ns),
             "epoch": body.epoch,
             "keyring_id": body.keyring_id,
             "root": self._root(),
@@ -115,13 +89,13 @@ class StatusPage:
                 for kek in body.keks
             ],
             "rotation": self._rotation_progress(),
-            "pruning": self._keks.pruning.progress,
-            "keys": self._indexing.status(),
+            "pruning": self.keks.pruning.progress,
+            "keys": self.indexing.status(),
             "audit": {
                 **self._log.status(),
                 "public_key": self._vault.unlocked.audit.current.public_key.hex(),
-                "position": self._position(),
-                "upkeep": {"faults": self._upkeep.faults},
+                "position": self.position(),
+                "upkeep": {"faults": self.upkeep.faults},
             },
             "memory": {
                 "arena": arena.backing,
@@ -131,10 +105,10 @@ class StatusPage:
                 "cache_misses": cache.misses,
                 "cache_evictions": cache.evictions,
             },
-            "hardening": [measure.status() for measure in self._measures],
+            "hardening": [measure.status() for measure in self.process.measures],
             "http": _http(server),
-            "policy": self._policy.status(),
-            "replica": self._replica.status(),
+            "policy": self.process.policy.status(),
+            "replica": self.replica.status(),
             "disk_free_bytes": self._disk_free_bytes(),
             "warnings": [condition.text for condition in conditions],
         }
@@ -142,9 +116,9 @@ class StatusPage:
 
     def _service_status(self) -> dict[str, str]:
         """The members `status` and `reason`."""
-        if self._log.writable and not self._replica.serves:
+        if self._log.writable and not self.replica.serves:
             return {"status": api.CODE_STANDBY, "reason": str(StandbyError())}
-        lagging = self._lagging() if self._log.writable else ""
+        lagging = self.lagging() if self._log.writable else ""
         return {"status": api.CODE_AUDIT_LAGGING, "reason": lagging} if lagging else self._log.service_status()
 
     def watch_disk(self) -> None:
@@ -169,38 +143,38 @@ class StatusPage:
 
     def _disk_free_bytes(self) -> int:
         """Bytes that this user may still write: the lesser of data directory and directory of the audit log."""
-        disks = map(os.statvfs, {self._settings.data_dir, self._log.directory})
+        disks = map(os.statvfs, {self.process.settings.data_dir, self._log.directory})
         return min(disk.f_bavail * disk.f_frsize for disk in disks)
 
     def _root(self) -> dict[str, object]:
         """`fingerprint`: of the root key that this run was started under, or of the one that has replaced it."""
         body = self._vault.keyring.body
         slots = [slot.fingerprint for slot in body.slots]
-        replacing = body.slot(self._keks.proved_slot_id)
+        replacing = body.slot(self.keks.proved_slot_id)
         return {
             "provider": self._provider,
             "fingerprint": self._started_under
             if self._started_under in slots or replacing is None
             else replacing.fingerprint,
             "slots": slots,
-            "lease": self._lease(),
+            "lease": self.lease(),
         }
 
     def _rotation_progress(self) -> dict[str, Any] | None:
         """`total`: how many keys there are to rewrap, including those done; None while the index is not complete."""
-        progress = self._keks.progress()
+        progress = self.keks.progress()
         if progress is None:
             return None
         index = self._vault.index
         left = len(index) - index.by_kek[progress["to_version"]]
-        return {**progress, "total": progress["rewrapped"] + left if self._indexing.complete else None}
+        return {**progress, "total": progress["rewrapped"] + left if self.indexing.complete else None}
 
     def _conditions(self) -> Iterator[Condition]:
         """What no other member of the status shows as a whole."""
         body = self._vault.unlocked.body
-        if self._settings.root.warning:
-            yield state("root_key_source", reason=self._settings.root.warning)
-        own, allowed = os.geteuid(), self._policy.policy.allowed
+        if self.process.settings.root.warning:
+            yield state("root_key_source", reason=self.process.settings.root.warning)
+        own, allowed = os.geteuid(), self.process.policy.policy.allowed
         if own in allowed and not allowed - {own, 0}:  # nobody else can be the message server
             yield state("own_uid_allowed")
         too_few = None if self.server is None else bound_warning(self.server.limits.connections_max)
@@ -211,10 +185,10 @@ class StatusPage:
                 "root_key_replaced",
                 reason="more than one root key opens the keyring: start once with the newest root key to drop the "
                 "older ones"
-                if not self._keks.replacing_error
-                else f"the root key that was replaced still opens the keyring: {self._keks.replacing_error}",
+                if not self.keks.replacing_error
+                else f"the root key that was replaced still opens the keyring: {self.keks.replacing_error}",
             )
-        pin = self._settings.opening.pin
+        pin = self.process.settings.opening.pin
         pinned = frozenset() if pin is None else pin.pinned()
         others = body.slots_of_others(self._vault.unlocked.member_id)
         unpinned = [
@@ -223,11 +197,11 @@ class StatusPage:
         if pin is not None and unpinned:
             yield state("root_key_not_pinned", slots=", ".join(unpinned))
         if body.revoking:
-            error = self._keks.revocation_error
+            error = self.keks.revocation_error
             yield state("root_key_revoking", count=len(body.revoking), reason=f"; {error}" if error else "")
         if (audit_keys := len(self._vault.unlocked.audit.audit_keys)) >= AUDIT_KEYS_COUNT_WARN:
             yield state("audit_keys_many", count=audit_keys, most=AUDIT_KEYS_COUNT_MAX)
-        if self._keks.rewrite_failed:
+        if self.keks.rewrite_failed:
             yield state("root_key_not_written")
         if self._vault.unreadable.count:
             yield state("keys_unreadable", count=self._vault.unreadable.count)
@@ -240,7 +214,7 @@ class StatusPage:
             yield state("rotation_backups_damaged", count=len(damaged), first=damaged[0])
         if unfinished := len(self._vault.unfinished_destructions):
             yield state("destruction_unfinished", count=unfinished)
-        for job, reason in self._upkeep.faults.items():
+        for job, reason in self.upkeep.faults.items():
             yield state("audit_upkeep_failing", job=job, reason=reason)
         if (free := self._disk_free_bytes()) < DISK_FULL_BYTES:
             yield state("disk_full", free=f"{free // 1024:,}")
@@ -248,8 +222,8 @@ class StatusPage:
             yield state("storage_unavailable", reason=refusal)
         if not self._log.writable:
             yield state("audit_unavailable", reason=self._log.service_status()["reason"])
-        yield from self._policy.conditions()
-        yield from self._replica.conditions()
+        yield from self.process.policy.conditions()
+        yield from self.replica.conditions()
 
 
 _REDUCED: Final = ("status", "uptime_seconds", "epoch", "keyring_id")
@@ -292,23 +266,21 @@ def _rewritten(status: dict[str, Any], hide: Callable[[str], str]) -> dict[str, 
 
 
 def sealed_status(
-    settings: Settings,
+    process: RunContext,
     *,
-    policy: PolicyInForce,
-    arena: SecretArena,
-    measures: tuple[Measure, ...],
     server: HttpServer[Session],
     started_ns: int,
     reason: str,
     warning: str,
     lease: dict[str, object] | None,
-    replica: ReplicaView,
+    replica: NoMember,
 ) -> dict[str, object]:
     """The members that a daemon without keys knows. `warning` is empty if there is none."""
+    settings, policy, arena = process.settings, process.policy, process.arena
     named = (("root_key_source", settings.root.warning), ("seal_not_written", warning))
     conditions = [state(name, reason=text) for name, text in named if text]
     conditions += [*policy.conditions(), *replica.conditions()]
-    measured = [measure.status() for measure in measures]
+    measured = [measure.status() for measure in process.measures]
     sealed = state(api.CODE_SEALED, reason=reason)
     return {
         "status": api.CODE_SEALED,

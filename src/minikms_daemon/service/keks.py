@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -65,35 +66,25 @@ class RotateToRoot(api.RotateKekRequest):
     root: SecretSlot | None = None
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class KekVerbs:
-    """`opened_slot_id`: the slot under which this run was started; empty if it was opened by a root key that the next
-    start may not have. `rewrite_root` writes a new root key into the key file (`--rewrite-master-key-file`); None: the
-    operator does. `removal` removes a root key that was replaced. `pin` names the root keys that may be added.
+    """`proved_slot_id`: the slot of the root key that the next start will use, which is that of this run or of the
+    rewritten file; empty if this run was opened by a root key that the next start may not have. `rewrite_root` writes a
+    new root key into the key file (`--rewrite-master-key-file`); None: the operator does. `removal` removes a root key
+    that was replaced. `pin` names the root keys that may be added.
     """
 
-    def __init__(
-        self,
-        *,
-        vault: Vault,
-        table: VerbTable,
-        rotation: KekRotation,
-        pruning: Pruning,
-        removal: RootRemoval,
-        opened_slot_id: str,
-        rewrite_root: RootRewriter | None = None,
-        pin: PinFile | None = None,
-    ) -> None:
-        self._vault = vault
-        self._audit = table.audit
-        self._rotation = rotation
-        self.pruning = pruning
-        self._removal = removal
-        self._pin = pin
-        self.proved_slot_id = opened_slot_id
-        """The slot of the root key that the next start will use: of this run's, or of the one in the rewritten file;
-        empty: not known.
-        """
-        self._rewrite_root = rewrite_root
+    vault: Vault
+    table: VerbTable
+    rotation: KekRotation
+    pruning: Pruning
+    removal: RootRemoval
+    proved_slot_id: str
+    rewrite_root: RootRewriter | None = None
+    pin: PinFile | None = None
+
+    def __post_init__(self) -> None:
+        self._audit = self.table.audit
         self._runner: asyncio.Task[None] | None = None
         self._ends: dict[int, asyncio.Future[None]] = {}
         """The end of the rotation to each KEK version: resolved when it is finished, or done while the log can't be
@@ -113,8 +104,8 @@ class KekVerbs:
         """Why the rotation after a removal can't begin, or what keeps the revocation from its end; else empty."""
         self._asked = asyncio.Event()
         """Set when something may have begun or is due, while the runner waits for keys that can't be read."""
-        table.later_on_keys(api.ROTATE_KEK, vault, self.rotate_kek, durable=True)
-        table.later_on_keys(api.PRUNE_KEK, vault, self.prune_keks, durable=True)
+        self.table.later_on_keys(api.ROTATE_KEK, self.vault, self.rotate_kek, durable=True)
+        self.table.later_on_keys(api.PRUNE_KEK, self.vault, self.prune_keks, durable=True)
 
     async def rotate_kek(
         self, keys: Keys, request: api.RotateKekRequest, event: Event
@@ -123,18 +114,18 @@ class KekVerbs:
         root = request.root if isinstance(request, RotateToRoot) else None
         samples = [] if request.verify is UNSET else request.verify
         self._check_samples(keys, samples)
-        if root is not None and self._pin is not None:
-            self._pin.check_new(root.view)
+        if root is not None and self.pin is not None:
+            self.pin.check_new(root.view)
 
         def check(body: Body) -> None:
             keys.refresh()
             if root is not None:
                 self._check_replaceable(body)
 
-        rotation = await self._rotation.begin(root, replaces=self.proved_slot_id, check=check)
+        rotation = await self.rotation.begin(root, replaces=self.proved_slot_id, check=check)
         if request.priority is not UNSET:
-            self._rotation.priority = request.priority
-        version = self._vault.keyring.body.wrapping_kek.version  # before the KEK rotation that a removal asks for
+            self.rotation.priority = request.priority
+        version = self.vault.keyring.body.wrapping_kek.version  # before the KEK rotation that a removal asks for
         end = self._end_of_rotation()
         try:
             if root is not None:
@@ -179,20 +170,20 @@ class KekVerbs:
         """The rotation that runs, until also the root keys that it replaces are removed; or one that follows the
         removal of a root key and has not begun; None if there is neither. For `/status`.
         """
-        rotation = self._rotation.running or self.finishing
+        rotation = self.rotation.running or self.finishing
         if rotation is not None:
-            return self._rotation.progress(rotation)
-        body = self._vault.keyring.body
+            return self.rotation.progress(rotation)
+        body = self.vault.keyring.body
         if not body.revocation_due or self.revocation_error:
             return None
         from_version, to_version = body.wrapping_kek.version, max(kek.version for kek in body.keks) + 1
         due = Rotation(from_version, to_version, started_at=body.revoking[-1].removed_at, stamp="")
-        return {**self._rotation.progress(due), "rewrapped": 0, "last_error": ""}
+        return {**self.rotation.progress(due), "rewrapped": 0, "last_error": ""}
 
     def ensure_running(self) -> None:
         """Starts the task that finishes a rotation which has begun or is due, unless it runs."""
         idle = self._runner is None or self._runner.done()
-        body = self._vault.keyring.body
+        body = self.vault.keyring.body
         due = body.rotation is not None or bool(body.revoking) or any(root_slots.OwedLines.of(body))
         self._asked.set()
         if idle and due and not self._stopping:
@@ -221,7 +212,7 @@ class KekVerbs:
 
     def _end_of_rotation(self) -> asyncio.Future[None] | None:
         """Resolved when the rotation that runs now is done; None when none does."""
-        rotation = self._rotation.running
+        rotation = self.rotation.running
         if rotation is None:
             return None
         return self._ends.setdefault(rotation.to_version, asyncio.get_running_loop().create_future())
@@ -231,8 +222,8 @@ class KekVerbs:
         try:
             while (rotation := await self._running_or_due()) is not None:
                 self.finishing = rotation
-                await self._rotation.run()
-                facts = self._facts(rewrapped=self._rotation.rewrapped, unreadable=self._vault.unreadable.count)
+                await self.rotation.run()
+                facts = self._facts(rewrapped=self.rotation.rewrapped, unreadable=self.vault.unreadable.count)
                 self._end = self._ends.get(rotation.to_version)
                 await self._write_until_done("rotate_kek_done", facts)
                 await self._write_owed_lines()
@@ -249,12 +240,12 @@ class KekVerbs:
         revocation that unreadable keys have kept open.
         """
         pause = REVOCATION_RETRY_SECONDS
-        while (rotation := await self._running_or_begun()) is None and self._vault.keyring.body.revoking:
+        while (rotation := await self._running_or_begun()) is None and self.vault.keyring.body.revoking:
             self._asked.clear()
             self.finishing = None
             try:
-                await self._rotation.end_revocation()
-                unread = self._rotation.unread
+                await self.rotation.end_revocation()
+                unread = self.rotation.unread
                 reason = f"{unread} keys can't be read, and may be under a former KEK version" if unread else ""
             except KmsRefusedError as error:
                 reason = str(error)
@@ -268,9 +259,9 @@ class KekVerbs:
         return rotation
 
     async def _running_or_begun(self) -> Rotation | None:
-        while self._rotation.running is None and self._vault.keyring.body.revocation_due:
+        while self.rotation.running is None and self.vault.keyring.body.revocation_due:
             try:
-                rotation = await self._rotation.begin(None)
+                rotation = await self.rotation.begin(None)
             except KmsRefusedError as error:
                 self.revocation_error = f"its KEK rotation can't begin: {error}"
                 self.finishing = None
@@ -280,17 +271,17 @@ class KekVerbs:
                 await self._write_until_done(
                     "rotate_kek", self._facts(new_root=0), detail="begun: a root key was removed"
                 )
-        if self._rotation.running is not None:
+        if self.rotation.running is not None:
             self.revocation_error = ""
-        return self._rotation.running
+        return self.rotation.running
 
     async def drop_replaced_roots(self) -> None:
         """Removes the root keys that a proved one replaces, once no rotation runs."""
         proved = self.proved_slot_id
-        if self._rotation.running is not None or not root_slots.replaced_by(self._vault.keyring.body, proved):
+        if self.rotation.running is not None or not root_slots.replaced_by(self.vault.keyring.body, proved):
             return
         try:
-            await self._removal.remove(lambda body: root_slots.replaced_by(body, proved), proved=proved)
+            await self.removal.remove(lambda body: root_slots.replaced_by(body, proved), proved=proved)
         except KmsRefusedError as error:
             self.replacing_error = str(error)  # the next start tries again, and so does the next rotation
         else:
@@ -301,13 +292,13 @@ class KekVerbs:
     async def _write_owed_lines(self) -> None:
         """Writes the lines about root keys that the keyring says are owed. After a crash some may be written twice."""
         async with self._writing_owed:
-            owed = root_slots.OwedLines.of(self._vault.keyring.body)
+            owed = root_slots.OwedLines.of(self.vault.keyring.body)
             for what, fingerprints in (("root_keys_dropped", owed.dropped), ("root_removed", owed.removed)):
                 if fingerprints:
                     await self._write_until_done(what, self._facts(fingerprints=",".join(sorted(fingerprints))))
             if any(owed):
                 with contextlib.suppress(StorageUnavailableError, StandbyError):  # then they are written once more
-                    await self._vault.keyring.change(lambda body: owed.written(body, at=now_rfc3339()))
+                    await self.vault.keyring.change(lambda body: owed.written(body, at=now_rfc3339()))
 
     def _check_replaceable(self, body: Body) -> None:
         """Checks that a new root key can replace the one of this run. Raises WrongSlotError."""
@@ -330,10 +321,10 @@ class KekVerbs:
             )
 
     async def _rewrite_key_file(self, root: SecretSlot, slot_id: str) -> None:
-        if self._rewrite_root is None:
+        if self.rewrite_root is None:
             return
         try:
-            await self._rewrite_root(root)
+            await self.rewrite_root(root)
         except (OSError, KmsRefusedError):
             self.rewrite_failed = True
         else:
@@ -362,11 +353,11 @@ class KekVerbs:
         self._end = None
 
     def _facts(self, **facts: str | int) -> dict[str, str | int]:
-        body = self._vault.keyring.body
+        body = self.vault.keyring.body
         return {"epoch": body.epoch, "kek_version": body.wrapping_kek.version, **facts}
 
     def _answer(self, status: Literal["ok", "running"], version: int) -> api.RotateKekAnswer:
-        return api.RotateKekAnswer(status, version, self._rotation.rewrapped)
+        return api.RotateKekAnswer(status, version, self.rotation.rewrapped)
 
     def _check_samples(self, keys: Keys, samples: list[api.VerifySample]) -> None:
         """Decrypts each sample with a key that is read again from its file. Raises the error of the first that does not
@@ -377,7 +368,7 @@ class KekVerbs:
         if samples:
             keys = keys.of_verb(api.CHECK_BATCH)
         for sample in samples:
-            self._vault.cache.drop(check_key_id(sample.key_id))
+            self.vault.cache.drop(check_key_id(sample.key_id))
             opened = keys.opened(sample.key_id)
             sealed = decode_canonical(sample.ciphertext, CIPHERTEXT_BYTES_MAX, "ciphertext")
             aad = opened.record_aad(decode_aad(sample.aad))
@@ -389,19 +380,19 @@ class KekVerbs:
         permit()
         before = None if request.backups_before is UNSET else _check_stamp(request.backups_before)
         backups = before is not None or (request.backups is not UNSET and request.backups)
-        async with self._rotation.excluded():
+        async with self.rotation.excluded():
             permit()
             await self._audit.add_written(another_line(event, "begun"), durable=True)
             try:
                 answer = await self.pruning.prune(backups=backups, before=before, permit=permit)
             except KmsRefusedError:
                 # Some may be destroyed even then. With the epoch in the log, no older keyring is accepted.
-                event.facts = {"epoch": self._vault.keyring.body.epoch}
+                event.facts = {"epoch": self.vault.keyring.body.epoch}
                 raise
         event.facts = {
             "backups_removed": answer.backups_removed,
             "destroyed": ",".join(map(str, answer.destroyed)),
-            "epoch": self._vault.keyring.body.epoch,
+            "epoch": self.vault.keyring.body.epoch,
         }
         return answer
 

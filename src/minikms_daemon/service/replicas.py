@@ -9,6 +9,7 @@ remove the host that serves.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import msgspec
 
@@ -27,51 +28,45 @@ from minikms_daemon.service.root_removal import RootRemoval
 from minikms_daemon.service.roots import check_another_was_tested
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class ReplicaVerbs:
     """`pin` names the hosts that may be added."""
 
-    def __init__(
-        self,
-        *,
-        vault: Vault,
-        table: VerbTable,
-        keks: KekVerbs,
-        removal: RootRemoval,
-        seals: Callable[[], int],
-        pin: PinFile | None = None,
-    ) -> None:
-        self._seals = seals
-        self._vault = vault
-        self._audit = table.audit
-        self._keks = keks
-        self._removal = removal
-        self._pin = pin
-        table.now(api.INVITE_REPLICA, self.invite)
-        table.later(api.ADD_REPLICA, self.add, durable=True)
-        table.later(api.REMOVE_REPLICA, self.remove, durable=True)
+    vault: Vault
+    table: VerbTable
+    keks: KekVerbs
+    removal: RootRemoval
+    seals: Callable[[], int]
+    pin: PinFile | None = None
+
+    def __post_init__(self) -> None:
+        self._audit = self.table.audit
+        self.table.now(api.INVITE_REPLICA, self.invite)
+        self.table.later(api.ADD_REPLICA, self.add, durable=True)
+        self.table.later(api.REMOVE_REPLICA, self.remove, durable=True)
 
     def invite(self, request: api.Request, event: Event) -> api.ReplicaInvitation:
         """The invitation of a new host, for which nothing is kept."""
-        body = self._vault.keyring.body
+        body = self.vault.keyring.body
         slot_id = root_slots.next_slot_id(body)
-        public_key = self._vault.unlocked.invitation_key()
+        public_key = self.vault.unlocked.invitation_key()
         return api.ReplicaInvitation(
             members.INVITATION_FORMAT,
             body.keyring_id,
             members.member_id_for(slot_id),
             slot_id,
             public_key,
-            self._seals(),
+            self.seals(),
         )
 
     async def add(self, request: api.AddReplicaRequest, event: Event, permit: Permit) -> api.ReplicaAnswer:
         """Adds a host, from the request that it has made."""
         new = members.newcomer(request)
-        if new.keyring_id != self._vault.keyring.body.keyring_id:
+        if new.keyring_id != self.vault.keyring.body.keyring_id:
             raise ConflictError("the request is for another keyring: make an invitation here, and join with it")
-        if self._pin is not None:
-            self._pin.check_host(new.fingerprint, new.digest)
-        unlocked = self._vault.unlocked
+        if self.pin is not None:
+            self.pin.check_host(new.fingerprint, new.digest)
+        unlocked = self.vault.unlocked
         answer = api.ReplicaAnswer(request.member_id, request.name, new.slot_id, new.fingerprint)
         await self._begin(event, answer)
 
@@ -89,15 +84,15 @@ class ReplicaVerbs:
             member = Member(request.member_id, request.name, new.slot_id, at, body.key_version, audit)
             return keyring.next_epoch(body, at=at, slots=(*body.slots, slot), members=(*body.members, member))
 
-        event.facts["epoch"] = (await self._vault.keyring.change(add)).epoch
+        event.facts["epoch"] = (await self.vault.keyring.change(add)).epoch
         return answer
 
     async def remove(self, request: api.MemberRequest, event: Event, permit: Permit) -> api.ReplicaAnswer:
         """Removes a host and the root key that it joined with."""
         member_id = request.member_id
-        if member_id == self._vault.unlocked.member_id:
+        if member_id == self.vault.unlocked.member_id:
             raise ConflictError("the host that serves can't be removed: run `minikms replica promote` on another first")
-        answer = self._removed(self._vault.keyring.body, member_id)
+        answer = self._removed(self.vault.keyring.body, member_id)
 
         def chosen(body: Body) -> tuple[str, ...]:
             nonlocal answer
@@ -105,7 +100,7 @@ class ReplicaVerbs:
             answer = self._removed(body, member_id)
             if not answer.fingerprint:
                 return ()
-            slot_id, at_ns, audit = answer.slot_id, now_ns(), self._vault.unlocked.audit
+            slot_id, at_ns, audit = answer.slot_id, now_ns(), self.vault.unlocked.audit
             root_slots.check_removes(body, (slot_id,), audit)
             root_slots.check_pace(audit, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
             check_another_was_tested(body, slot_id)
@@ -115,15 +110,15 @@ class ReplicaVerbs:
             permit()
             return keyring.next_epoch(body.without_member(member_id), at=now_rfc3339())
 
-        chosen(self._vault.keyring.body)
+        chosen(self.vault.keyring.body)
         await self._begin(event, answer)
         try:
-            await self._removal.remove(chosen, member_id=member_id)
+            await self.removal.remove(chosen, member_id=member_id)
             if not answer.fingerprint:
-                await self._vault.keyring.change(without)
+                await self.vault.keyring.change(without)
         finally:
-            self._keks.ensure_running()  # after an error too: the slot may be gone
-        event.facts["epoch"] = self._vault.keyring.body.epoch
+            self.keks.ensure_running()  # after an error too: the slot may be gone
+        event.facts["epoch"] = self.vault.keyring.body.epoch
         return answer
 
     async def _begin(self, event: Event, host: api.ReplicaAnswer) -> None:

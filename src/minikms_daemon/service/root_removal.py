@@ -15,7 +15,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Container, Coroutine
 from functools import partial
-from typing import Final, Protocol
+from typing import Final
 
 from minikms.api.errors import SealedError, StandbyError, StorageUnavailableError, StorageUncertainError
 from minikms.audit import AuditKey
@@ -26,27 +26,15 @@ from minikms.keys import root_slots
 from minikms.keys.keyring import AuditKeyEntry, Body, confirmed, next_epoch
 from minikms.memory.arena import fill_random
 from minikms.platform.clock import now_rfc3339
+from minikms_daemon.audit.turns import TurnAudit
 
 STORE_RETRY_SECONDS: Final = 1.0
-
-
-class KeyedAudit(Protocol):
-    """What the removal needs of the audit log: see `minikms_daemon.audit.turns.TurnAudit`."""
-
-    @property
-    def key_version(self) -> int: ...
-
-    async def sync(self) -> None: ...
-
-    async def change_key(self, store: Callable[[LineRef], Awaitable[AuditKey]]) -> None: ...
-
-    def release(self) -> None: ...
 
 
 class RootRemoval:
     """Removes slots of the keyring of `vault`, whose audit log is `audit`."""
 
-    def __init__(self, vault: Vault, audit: KeyedAudit) -> None:
+    def __init__(self, vault: Vault, audit: TurnAudit) -> None:
         self._vault = vault
         self._audit = audit
         self._changing: set[asyncio.Task[None]] = set()

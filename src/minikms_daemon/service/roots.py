@@ -9,6 +9,7 @@ the caller releases it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Final
 
 from msgspec import UNSET, UnsetType
@@ -58,33 +59,27 @@ WITH_ROOT: Final[dict[api.Verb[Any, Any], type[api.Request]]] = {
 """What the daemon makes of the request of each verb with a `root_field`."""
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class RootVerbs:
     """`in_use_slot_id`: the slot under which this run was started. `pin` names the root keys that may be added."""
 
-    def __init__(
-        self,
-        *,
-        vault: Vault,
-        table: VerbTable,
-        keks: KekVerbs,
-        removal: RootRemoval,
-        in_use_slot_id: str,
-        pin: PinFile | None = None,
-    ) -> None:
-        self._vault = vault
-        self._audit = table.audit
-        self._pin = pin
-        self._keks = keks
-        self._removal = removal
-        self._in_use_slot_id = in_use_slot_id
-        table.now(api.LIST_ROOTS, self.list_roots)
-        table.later(api.ADD_ROOT, self.add_root, durable=True)
-        table.later(api.TEST_ROOT, self.test_root, durable=True)
-        table.later(api.REMOVE_ROOT, self.remove_root, durable=True)
+    vault: Vault
+    table: VerbTable
+    keks: KekVerbs
+    removal: RootRemoval
+    in_use_slot_id: str
+    pin: PinFile | None = None
+
+    def __post_init__(self) -> None:
+        self._audit = self.table.audit
+        self.table.now(api.LIST_ROOTS, self.list_roots)
+        self.table.later(api.ADD_ROOT, self.add_root, durable=True)
+        self.table.later(api.TEST_ROOT, self.test_root, durable=True)
+        self.table.later(api.REMOVE_ROOT, self.remove_root, durable=True)
 
     def list_roots(self, request: api.Request, event: Event) -> api.RootListAnswer:
         """The root keys that open the keyring, then the removed ones whose revocation has not ended."""
-        body = self._vault.keyring.body
+        body = self.vault.keyring.body
         return api.RootListAnswer([*map(self._describe, body.slots), *map(self._describe_revoking, body.revoking)])
 
     async def add_root(self, request: api.AddRootRequest, event: Event, permit: Permit) -> api.RootAnswer:
@@ -93,9 +88,9 @@ class RootVerbs:
         if keyring.PROVIDER.fullmatch(request.provider) is None:
             raise InvalidRequestError("provider is 1 to 32 characters of a-z, 0-9 and -")
         shares = _share_set(request.shares)
-        if self._pin is not None:
-            self._pin.check_new(root.view)
-        unlocked = self._vault.unlocked
+        if self.pin is not None:
+            self.pin.check_new(root.view)
+        unlocked = self.vault.unlocked
         await self._audit.add_written(another_line(event, "begun"), durable=True)
 
         def add(body: Body) -> Body:
@@ -105,14 +100,14 @@ class RootVerbs:
             slot = unlocked.make_slot(root.view, request.provider, slot_id=slot_id, at=at, shares=shares)
             return root_slots.add_slot(body, slot, at=at)
 
-        body = await self._vault.keyring.change(add)
+        body = await self.vault.keyring.change(add)
         return self._answer(body.slots[-1], event)
 
     async def test_root(self, request: api.RootTestRequest, event: Event, permit: Permit) -> api.RootAnswer:
         """Proves that the root key opens the slot, and writes when."""
         root = _root_of(request)
         slot_id = "" if request.slot_id is UNSET else request.slot_id
-        unlocked = self._vault.unlocked
+        unlocked = self.vault.unlocked
 
         def mark(body: Body) -> Body:
             permit()
@@ -124,7 +119,7 @@ class RootVerbs:
             at = now_rfc3339()
             return keyring.next_epoch(root_slots.mark_tested(body, slot_id, at=at), at=at)
 
-        body = await self._vault.keyring.change(mark)
+        body = await self.vault.keyring.change(mark)
         return self._answer(_slot(body, slot_id), event)
 
     async def remove_root(self, request: api.SlotRequest, event: Event, permit: Permit) -> api.RootAnswer:
@@ -135,18 +130,18 @@ class RootVerbs:
             def chosen(body: Body) -> tuple[str]:
                 permit()
                 _slot(body, slot_id)
-                at_ns, audit = now_ns(), self._vault.unlocked.audit
+                at_ns, audit = now_ns(), self.vault.unlocked.audit
                 root_slots.check_removes(body, (slot_id,), audit)
                 root_slots.check_pace(audit, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
                 check_another_was_tested(body, slot_id)
                 return (slot_id,)
 
-            chosen(self._vault.keyring.body)
+            chosen(self.vault.keyring.body)
             await self._audit.add_written(another_line(event, "begun"), durable=True)
             try:
-                await self._removal.remove(chosen)
+                await self.removal.remove(chosen)
             finally:
-                self._keks.ensure_running()  # after an error too: the slot may be gone
+                self.keks.ensure_running()  # after an error too: the slot may be gone
         slot = self._revoking(slot_id)
         if slot is None:
             raise NotFoundError("no root key has this slot; `minikms root list` (GET /roots) shows them")
@@ -154,30 +149,30 @@ class RootVerbs:
         return self._describe_revoking(slot)
 
     def _revoking(self, slot_id: str) -> RevokingRoot | None:
-        return next((root for root in self._vault.keyring.body.revoking if root.slot_id == slot_id), None)
+        return next((root for root in self.vault.keyring.body.revoking if root.slot_id == slot_id), None)
 
     def _answer(self, slot: RootSlot, event: Event) -> api.RootAnswer:
         event.facts = self._facts(slot)
         return self._describe(slot)
 
     def _facts(self, slot: RootSlot | RevokingRoot) -> dict[str, str | int]:
-        epoch = self._vault.keyring.body.epoch
+        epoch = self.vault.keyring.body.epoch
         return {"epoch": epoch, "slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": slot.provider}
 
     def _describe(self, slot: RootSlot) -> api.RootAnswer:
-        shares, unlocked = slot.shares, self._vault.unlocked
+        shares, unlocked = slot.shares, self.vault.unlocked
         others = unlocked.body.slots_of_others(unlocked.member_id)
         return api.RootAnswer(
             slot_id=slot.slot_id,
             fingerprint=slot.fingerprint,
             provider=slot.provider,
             state="active",
-            in_use=slot.slot_id in (self._in_use_slot_id, self._keks.proved_slot_id),
+            in_use=slot.slot_id in (self.in_use_slot_id, self.keks.proved_slot_id),
             created_at=slot.created_at,
             tested_at=slot.tested_at,
             replaces=slot.replaces,
             shares=None if shares is None else api.RootShares(shares.set_id, shares.threshold, shares.count),
-            pinned=None if self._pin is None or slot.slot_id in others else slot.fingerprint in self._pin.pinned(),
+            pinned=None if self.pin is None or slot.slot_id in others else slot.fingerprint in self.pin.pinned(),
         )
 
     def _describe_revoking(self, root: RevokingRoot) -> api.RootAnswer:
@@ -186,7 +181,7 @@ class RootVerbs:
             fingerprint=root.fingerprint,
             provider=root.provider,
             state="revoking",
-            in_use=root.slot_id == self._in_use_slot_id,
+            in_use=root.slot_id == self.in_use_slot_id,
             removed_at=root.removed_at,
         )
 

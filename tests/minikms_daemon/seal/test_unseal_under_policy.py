@@ -15,7 +15,7 @@ from minikms.policy.rules import parse_policy
 from minikms.roots.providers import KeyFile
 from minikms.seal_files import AttemptRecords
 from minikms_daemon.seal.seal import SealableServer
-from minikms_daemon.server.parts import RunContext
+from minikms_daemon.server.run_context import RunContext
 from tests.harness.vaults import key_file, opened_vault
 
 OPERATOR = parse_policy(b'version = 1\n[[grant]]\nprincipals = ["uid:1"]\nroles = ["unseal"]\n')

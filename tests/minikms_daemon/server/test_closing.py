@@ -20,10 +20,11 @@ from minikms.policy.policy import Policy
 from minikms.policy.principal import Principal
 from minikms.policy.rules import parse_policy
 from minikms.roots.providers import KeyFile
-from minikms_daemon.replica.verbs import NoMember
 from minikms_daemon.server.admission import Admission
-from minikms_daemon.server.parts import Parts, RunContext, Workers
+from minikms_daemon.server.no_member import NoMember
+from minikms_daemon.server.parts import Parts
 from minikms_daemon.server.policy_in_force import PolicyInForce
+from minikms_daemon.server.run_context import RunContext, Workers
 from minikms_daemon.server.settings import Settings
 from minikms_daemon.service.no_auditor import NoAuditor
 from tests.harness.vaults import key_file

@@ -15,7 +15,7 @@ from minikms.roots.providers import KeyFile
 from minikms_daemon.seal.unlocking import Unlocking
 from minikms_daemon.server import lease as leases
 from minikms_daemon.server.lease import SECOND_NS, Lease, LeasedApplication
-from minikms_daemon.server.parts import RunContext
+from minikms_daemon.server.run_context import RunContext
 from tests.minikms.http.http_harness import EchoApp, Session, get, serving
 
 instants = st.integers(0, 10**6)

@@ -3,14 +3,14 @@
 import re
 from collections.abc import Awaitable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from minikms import api
 from minikms.api import ROLES
 from minikms.api.errors import BY_CODE, ArenaFullError, KmsRefusedError
 from minikms.http.exchange import METHODS_SERVED
 from minikms.policy.principal import Principal
-from minikms_daemon.replica.verbs import NoMember
+from minikms_daemon.server.no_member import NoMember
 from minikms_daemon.service.base import Perform, VerbTable
 from minikms_daemon.service.keys import KeyVerbs
 from minikms_daemon.service.lifecycle import LifecycleVerbs
@@ -83,7 +83,7 @@ def served(one: OpenedVault) -> VerbTable:
     table.now(api.UNSEAL_STATUS, lambda request, event: b"{}")
     table.now(api.UNSEAL, lambda request, event: b"{}")
     table.later(api.REPORT_AUDIT_POSITION, reported, audited=False)
-    NoMember().add_verbs(table)
+    NoMember().add_verbs(table, cast("Any", None))
     return table
 
 

@@ -30,7 +30,7 @@ from minikms.offline import init_replica, join_replica
 from minikms.policy.principal import Principal
 from minikms.roots.pin import PinFile
 from minikms.roots.providers import KeyFile
-from minikms_daemon.replica.verbs import NoMember
+from minikms_daemon.server.no_member import NoMember
 from minikms_daemon.service.base import VerbTable
 from minikms_daemon.service.replicas import ReplicaVerbs
 from minikms_daemon.service.roots import RootVerbs
@@ -306,7 +306,7 @@ async def test_the_host_that_serves_and_unknown_ones_are_not_removed(tmp_path: P
 
 async def test_the_key_service_of_one_host_says_how_to_have_several() -> None:
     table = VerbTable(SilentAudit())
-    NoMember().add_verbs(table)
+    NoMember().add_verbs(table, cast("Any", None))
     caller = Principal(0, 0, "peer_uid:0", ROLES)
     for verb in (api.INVITE_REPLICA, api.ADD_REPLICA, api.REMOVE_REPLICA, api.PROMOTE_REPLICA, api.REPLICA_NEXT):
         with pytest.raises(ConflictError, match="minikms replica init"):

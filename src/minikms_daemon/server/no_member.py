@@ -1,10 +1,13 @@
-"""The replacement of `ReplicaMember` in a daemon of one host: it always serves, and refuses a replicator and hosts.
+"""The member in a daemon of one host: it always serves, and refuses a replicator and hosts.
 
-It must never change anything.
+Owns: what a process asks of its member. Invariant: it changes nothing. `minikms_daemon.replica.member` has the same for
+one of several hosts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Final
 
 from msgspec import UNSET, UnsetType
@@ -19,26 +22,30 @@ if TYPE_CHECKING:
     from minikms.http import Application
     from minikms.policy.meters import Meters
     from minikms_daemon.server.admission import Admission, Session
-    from minikms_daemon.server.application import KeyApplication
-    from minikms_daemon.server.parts import Parts
 
 
 NOT_REPLICATED: Final = "the key service has one host: to have several, stop the daemon and run `minikms replica init`"
 
 
 class NoMember:
-    """Has the methods of `ReplicaMember`."""
+    """The member of a process, over all its seals. `asking`: the tasks of a replicator's requests. `parts`: the
+    `minikms_daemon.server.parts.Parts` of an unsealed time, which have this member; `app`: their application.
+    """
 
-    serves = True
-    asking: frozenset[object] = frozenset()
+    asking: AbstractSet[object] = frozenset()
 
-    def opened(self, parts: Parts) -> None:
+    @property
+    def serves(self) -> bool:
+        """Whether this host serves; the others stand by."""
+        return True
+
+    def opened(self, parts: Any) -> None:
         return
 
     def sealed(self, why: str = "") -> None:
         return
 
-    async def note_seals(self, parts: Parts) -> None:
+    async def note_seals(self, parts: Any) -> None:
         return
 
     def stand_by(self, why: str) -> None:
@@ -51,18 +58,20 @@ class NoMember:
         return
 
     def leased(self, app: Application[Session]) -> Application[Session]:
+        """`app`, behind the lease of this host if it needs one."""
         return app
 
-    def standby(self, app: KeyApplication, admission: Admission, meters: Meters | None) -> None:
-        return
+    def standby(self, app: Any, admission: Admission, meters: Meters | None) -> Application[Session] | None:
+        """What is served instead of `app` while this host does not serve; None where it always does."""
+        return None
 
-    def status(self) -> None:
-        return
+    def status(self) -> dict[str, object] | None:
+        return None
 
-    def conditions(self) -> tuple[()]:
+    def conditions(self) -> Iterable[api.Condition]:
         return ()
 
-    def ask_seal(self) -> UnsetType:
+    def ask_seal(self) -> int | UnsetType:
         return UNSET
 
     async def check_seal_known(self) -> None:
@@ -71,7 +80,7 @@ class NoMember:
     def sealed_acts(self) -> dict[str, dict[str, Any]]:
         return {}
 
-    def add_verbs(self, table: VerbTable, **parts: object) -> None:
+    def add_verbs(self, table: VerbTable, parts: Any) -> None:
         table.later(api.REPLICA_FOLLOW, self._refuse, audited=False)
         table.later(api.REPLICA_NEXT, self._refuse, audited=False)
         table.later(api.PROMOTE_REPLICA, self._refuse)
