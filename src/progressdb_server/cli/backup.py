@@ -14,11 +14,10 @@ import json as decoder
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 from urllib.parse import quote
 
 from cyclopts import App, Parameter
@@ -46,11 +45,11 @@ from progressdb_server.store import backup
 from progressdb_server.store.backup import Backups
 from progressdb_server.store.check import Report
 from progressdb_server.store.check import check as check_store
-from progressdb_server.store.model import RegisteredBackup, StoreLockedError, StoreUnavailableError
+from progressdb_server.store.model import StoreLockedError, StoreUnavailableError
 
 KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
-
+T = TypeVar("T")
 
 BackupDirectory = Annotated[Path, Parameter(name="--backup", help="The backup's directory.")]
 
@@ -111,13 +110,8 @@ def create(
 
 def _back_up_store(config: Config, url: str | None, name: str, path: Path) -> None:
     """By the server if one runs. Raises CommandError, BackupError."""
-
-    async def offline() -> None:
-        async with _register(config) as register:
-            await register.back_up(str(path))
-
     try:
-        asyncio.run(offline())
+        _with_register(config, lambda register: register.back_up(str(path)))
     except StoreLockedError:
         client = AdminClient.from_config(config, url)
         client.call("POST", "/admin/store_backup", {"name": name}, timeout_s=CREATE_S_MAX)
@@ -144,12 +138,7 @@ def register(
     if NAME.fullmatch(label) is None:
         raise CommandError(INVALID_NAME)
     begun_ns = None if begun is None else _unix_ns(begun)
-
-    async def registered() -> RegisteredBackup:
-        async with _register(chosen) as register:
-            return await register.register(label, begun_ns)
-
-    known = asyncio.run(registered())
+    known = _with_register(chosen, lambda register: register.register(label, begun_ns))
     text = f"{label} is registered" + (": begin it now" if begun is None else "")
     print_result({"registered": label, "created_ns": known.created_ns}, text, json=json)
 
@@ -174,13 +163,12 @@ def list_registered(*, url: ConfiguredUrl = None, flags: StoreFlags = StoreFlags
     """
     config = flags.load_for_store()
 
-    async def offline() -> list[dict[str, Any]]:
-        async with _register(config) as register:
-            names = ("name", "path", "created_ns", "gone", "of_database")
-            return [{name: getattr(known, name) for name in names} async for known in register.registered()]
+    async def listed(register: Backups) -> list[dict[str, Any]]:
+        names = ("name", "path", "created_ns", "gone", "of_database")
+        return [{name: getattr(known, name) for name in names} async for known in register.registered()]
 
     try:
-        backups = asyncio.run(offline())
+        backups = _with_register(config, listed)
     except StoreLockedError:
         backups = AdminClient.from_config(config, url).call("GET", "/admin/store_backups")["backups"]
     lines = []
@@ -209,13 +197,8 @@ def forget(
             "nothing was forgotten: keys that this backup needs may be destroyed then; if it was deleted, with every "
             "copy of it, give --yes"
         )
-
-    async def offline() -> None:
-        async with _register(config) as register:
-            await register.forget(name)
-
     try:
-        asyncio.run(offline())
+        _with_register(config, lambda register: register.forget(name))
     except StoreLockedError:
         AdminClient.from_config(config, url).call("DELETE", f"/admin/store_backups/{quote(name, safe='')}")
     print_result({"forgotten": name}, f"{name} is forgotten: it keeps no old key any more", json=json)
@@ -317,16 +300,19 @@ def restore(
     return 0
 
 
-@asynccontextmanager
-async def _register(config: Config) -> AsyncIterator[Backups]:
-    """The backups of a store in a database, or of one that no server has open. Raises StoreLockedError,
-    StoreUnavailableError, BackupError."""
+def _with_register(config: Config, use: Callable[[Backups], Awaitable[T]]) -> T:
+    """The result of `use` with the backups of a store in a database, or of one that no server has open. Raises
+    StoreLockedError, StoreUnavailableError, BackupError."""
     logs.configure(config.logging.format, "error")  # the command itself prints what it has done
     if config.store.url and not config.store.single_node:
         print("waiting some seconds until standbys confirm without a gap", file=sys.stderr)
     place = config.store.url or str(config.store_dir)
-    async with backup.open_register(place, single_node=config.store.single_node) as register:
-        yield register
+
+    async def used() -> T:
+        async with backup.open_register(place, single_node=config.store.single_node) as register:
+            return await use(register)
+
+    return asyncio.run(used())
 
 
 def _minikms(words: list[str], config: Config, master_key_fd: int | None, page: dict[str, Any] | None) -> int:

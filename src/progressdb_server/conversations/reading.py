@@ -22,7 +22,7 @@ import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import msgspec
 
@@ -47,6 +47,8 @@ from progressdb_server.store.model import (
     VersionList,
 )
 from progressdb_server.store.sealer import Sealer, store_error
+
+T = TypeVar("T")
 
 LIST_MESSAGES_MAX: Final = 256
 """The messages in one batch of a list or of a message's versions."""
@@ -300,14 +302,14 @@ class Reading:
         try:
             thread, place = await self.locate(message_id, None)
         except MessageNotFoundError:
-            return VersionList(_no_messages(), "")
+            return VersionList(_chunks(), "")
         prefix = keyspace.versions(message_id)
         lower, upper = prefix, keyspace.after(prefix)
         if before is not None:
             upper = prefix + (await self._end_of_page(prefix, place, before)).raw
         newest = await self._reads.keys(lower, upper, limit=1, reverse=True)
         if not newest or limit == 0:
-            return VersionList(_no_messages(), "")
+            return VersionList(_chunks(), "")
         upper = keyspace.next_key(newest[0])  # versions that are written later are not in the list
         older = ""
         if limit is not None:
@@ -403,7 +405,7 @@ class Reading:
             if tag is not None and cursor.whole and tag == await self.list_tag(thread_id, range_):
                 self.validators.remember(tag, cursor.key_ids)
         finally:  # the reader went away, or a batch failed
-            await _cancel(opening)
+            await cancel(opening)
 
     async def _list(self, thread: str, batch: Sequence[LoadedVersion], cursor: Given) -> list[Message]:
         answers = await self._answers(thread, batch, used=cursor.key_ids)
@@ -630,7 +632,7 @@ def _listed(thread: str, loaded: LoadedVersion, version: CompleteVersion | NotOp
     )
 
 
-async def _cancel(tasks: deque[asyncio.Task[list[Message]]]) -> None:
+async def cancel(tasks: deque[asyncio.Task[T]]) -> None:
     """Ends the tasks and forgets them: the traceback of an error of one leads to the frame that has them."""
     for task in tasks:
         task.cancel()
@@ -638,9 +640,8 @@ async def _cancel(tasks: deque[asyncio.Task[list[Message]]]) -> None:
     tasks.clear()
 
 
-async def _no_messages() -> AsyncIterator[list[Message]]:
-    nothing: tuple[list[Message], ...] = ()
-    for chunk in nothing:
+async def _chunks(*chunks: list[Message]) -> AsyncIterator[list[Message]]:
+    for chunk in chunks:
         yield chunk
 
 

@@ -21,9 +21,9 @@ import contextlib
 import copy
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, NamedTuple
+from typing import ClassVar, Final, NamedTuple
 
 import msgspec
 
@@ -33,6 +33,7 @@ from minikms.api.errors import KmsError, KmsRefusedError
 from minikms.client import ReencryptItem
 from minikms.platform.logs import Log
 from progressdb_server.config import RotationSection, seconds
+from progressdb_server.conversations.reading import cancel
 from progressdb_server.jobs.runner import Throttle, WorkingKind
 from progressdb_server.jobs.states import (
     AT_WORK,
@@ -338,7 +339,7 @@ class KeyRotation(WorkingKind):
                 await self.table.settle(writing.popleft())
             return row
         finally:
-            await _cancel(ahead)
+            await cancel(ahead)
             await asyncio.gather(*(pending.write.done for pending in writing), return_exceptions=True)
 
     async def _reencrypt(self, job: Job, chunk: Chunk, left: Sequence[Record]) -> _Reencrypted:
@@ -412,7 +413,7 @@ class KeyRotation(WorkingKind):
             while ahead:
                 broken += await ahead.popleft()
         finally:
-            await _cancel(ahead)
+            await cancel(ahead)
         if broken:
             row = await self.table.store(
                 row,
@@ -461,9 +462,3 @@ def _failure(row: Record, refused: KmsRefusedError) -> Failure:
     if fault(refused) is Fault.SERVICE:
         raise copy.copy(refused)  # the caller's frame, to which its traceback leads, has the first one
     return Failure(row.name, refused.code)
-
-
-async def _cancel(tasks: Collection[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

@@ -450,14 +450,9 @@ class Runner:
             other = self._threads.get(thread)
             if other == OTHER_WORK:
                 raise JobConflictError("another operation is running on this thread: try again in a moment")
-            if other is not None:
-                job = await self.table.get(other)
-                if job.kind != kind.name:
-                    raise JobConflictError("another job works on this thread")
-                return job
-            if len(self._threads) >= UNFINISHED_MAX:
+            if other is None and len(self._threads) >= UNFINISHED_MAX:
                 raise TooManyJobsError
-            unfinished, last = await self._other(thread)
+            unfinished, last = await self._other(thread) if other is None else (await self.table.get(other), other)
             if unfinished is not None:
                 if unfinished.kind != kind.name:
                     raise JobConflictError("another job works on this thread")

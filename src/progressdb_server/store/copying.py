@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 import msgspec
@@ -42,28 +43,23 @@ class Copied(NamedTuple):
     counted: Counters
 
 
+@dataclass
 class Digest:
     """A digest over entries in any order: the sum of their SHA-256 modulo 2^256. It finds accidents; it does not resist
     somebody who chooses entries, since records authenticate their own place.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._sum = 0
+    count: int = 0
+    sum: int = 0
 
     def add(self, key: bytes, value: bytes) -> None:
         self.count += 1
         hashed = hashlib.sha256(len(key).to_bytes(4, "big") + key + value).digest()
-        self._sum = (self._sum + int.from_bytes(hashed, "big")) % (1 << 8 * _DIGEST_BYTES)
+        self.sum = (self.sum + int.from_bytes(hashed, "big")) % (1 << 8 * _DIGEST_BYTES)
 
     @property
     def text(self) -> str:
-        return self._sum.to_bytes(_DIGEST_BYTES, "big").hex()
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Digest) and (self.count, self.text) == (other.count, other.text)
-
-    __hash__ = None  # type: ignore[assignment]  # it changes
+        return self.sum.to_bytes(_DIGEST_BYTES, "big").hex()
 
 
 async def copy(source: str, target: str, progress: Callable[[int, int], None]) -> Copied:

@@ -93,6 +93,18 @@ def store_error(error: KmsError, record_key: bytes | None = None) -> StoreError:
     return StoreUnavailableError(f"the key service refused ({error.code})")
 
 
+@contextlib.contextmanager
+def _counted(threads: Counter[str], thread: str) -> Iterator[None]:
+    """Counts the thread meanwhile."""
+    threads[thread] += 1
+    try:
+        yield
+    finally:
+        threads[thread] -= 1
+        if not threads[thread]:
+            del threads[thread]
+
+
 class ThreadState:
     """What a write needs to know of its thread. `deleted` may be out of date and only saves work; the condition of the
     write decides."""
@@ -224,17 +236,10 @@ class Sealer:
                 await asyncio.sleep(KEY_SWITCH_POLL_S)
             state = renewed
 
-    @contextlib.contextmanager
-    def switching(self, thread: str) -> Iterator[None]:
+    def switching(self, thread: str) -> contextlib.AbstractContextManager[None]:
         """Held from before the thread's old key is retired until the map names another one: writes of the thread that
         meet the retired key wait meanwhile. Otherwise such a write gives the thread another one."""
-        self._switching[thread] += 1
-        try:
-            yield
-        finally:
-            self._switching[thread] -= 1
-            if not self._switching[thread]:
-                del self._switching[thread]
+        return _counted(self._switching, thread)
 
     async def _renew(self, state: ThreadState) -> None:
         """Gives the thread another key in the place of a retired one; with a renewal of the thread that runs,
@@ -282,13 +287,8 @@ class Sealer:
         No key is made while the writer refuses writes. If the key turns out to be unused, it is retired. If that fails,
         or the create is cut off, the key is an orphan, which `jobs.orphans` retires. The key stays active after a
         commit that failed halfway, because its records may be stored."""
-        self.creates[thread] += 1
-        try:
+        with _counted(self.creates, thread):
             await self._make_key_and_commit(thread, draft, request_id)
-        finally:
-            self.creates[thread] -= 1
-            if not self.creates[thread]:
-                del self.creates[thread]
 
     async def _make_key_and_commit(self, thread: str, draft: Callable[[str], Draft], request_id: str | None) -> None:
         self.check_halted()

@@ -103,21 +103,11 @@ class PostgresReads:
     async def scan(
         self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False, bytes_max: int | None = None
     ) -> list[tuple[bytes, bytes]]:
-        range_ = self._range("key, value", lower, upper, limit, reverse=reverse)
-        if range_ is None:
-            return []
-        statement, values = range_
-        if bytes_max is not None:  # the last entry is the one that reaches the bound
-            statement = _UP_TO.format(statement, len(values) + 1)
-            values = [*values, bytes_max]
-        return [(key, value) for key, value in await self.fetch(statement, *values)]
+        rows = await self._select("key, value", lower, upper, limit, bytes_max, reverse=reverse)
+        return [(key, value) for key, value in rows]
 
     async def keys(self, lower: bytes, upper: bytes, *, limit: int, reverse: bool = False) -> list[bytes]:
-        range_ = self._range("key", lower, upper, limit, reverse=reverse)
-        if range_ is None:
-            return []
-        statement, values = range_
-        return [key for (key,) in await self.fetch(statement, *values)]
+        return [key for (key,) in await self._select("key", lower, upper, limit, None, reverse=reverse)]
 
     async def values(self, keys: Collection[bytes], *, bytes_max: int | None = None) -> dict[bytes, bytes]:
         if not keys:
@@ -141,11 +131,11 @@ class PostgresReads:
             place = (rows[-1][0], rows[-1][1])
             yield [key for _, key in rows if key.startswith(prefix)]
 
-    def _range(
-        self, columns: str, lower: bytes, upper: bytes, limit: int, *, reverse: bool
-    ) -> tuple[str, list[object]] | None:
+    async def _select(
+        self, columns: str, lower: bytes, upper: bytes, limit: int, bytes_max: int | None, *, reverse: bool
+    ) -> list[Any]:
         if lower >= upper or limit <= 0:
-            return None
+            return []
         values: list[object] = [lower, upper, min(limit, SCAN_ENTRIES_MAX)]
         where = "key >= $1 AND key < $2"
         shard = within(lower, upper)
@@ -157,4 +147,8 @@ class PostgresReads:
                 last = keyspace.after(first)
                 where += f" AND key >= '{first.decode()}'::bytea AND key < '{last.decode()}'::bytea"
         order = "DESC" if reverse else "ASC"
-        return f"SELECT {columns} FROM store_entry WHERE {where} ORDER BY key {order} LIMIT $3", values  # noqa: S608  constants
+        statement = f"SELECT {columns} FROM store_entry WHERE {where} ORDER BY key {order} LIMIT $3"  # noqa: S608  constants
+        if bytes_max is not None:  # the last entry is the one that reaches the bound
+            values.append(bytes_max)
+            statement = _UP_TO.format(statement, len(values))
+        return await self.fetch(statement, *values)
