@@ -124,8 +124,9 @@ class Operation(msgspec.Struct, frozen=True):
     """The schema of each path parameter that is not in PATH_SCHEMAS. Any other may be any text but the empty one."""
     errors: Mapping[int, tuple[str, ...]] = {}
     """The sentences that the operation itself sends, by status. Each is one that the code sends; tests provoke it."""
-    raises: tuple[type[StatusError], ...] = ()
-    """Errors of other rooms, with their status and sentence."""
+    raises: tuple[type[StatusError] | str, ...] = ()
+    """Errors of other rooms, with their status and sentence; a sentence alone is one that the operation sends with the
+    status 400."""
     needs: frozenset[Dependency] = BOTH
     """What the operation cannot respond without."""
 

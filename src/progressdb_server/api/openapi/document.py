@@ -23,9 +23,11 @@ from progressdb_server.api.gate.errors import (
     HEAD_TOO_LARGE,
     INTERNAL,
     INVALID_ENCODING,
+    INVALID_IDEMPOTENCY_KEY,
     INVALID_JSON,
     INVALID_SIGNATURE,
     MISSING_SIGNATURE,
+    OTHER_AUTHOR_IN_BODY,
     OTHER_AUTHOR_IN_QUERY,
     RATE_LIMITED,
     REPEATED_PARAMETER,
@@ -33,10 +35,19 @@ from progressdb_server.api.gate.errors import (
     UNAUTHORIZED,
 )
 from progressdb_server.api.gate.keys import Role
-from progressdb_server.api.openapi.description import CALLER, PATH_SCHEMAS, JsonBody, Operation, Parameter, Schema, ref
+from progressdb_server.api.openapi.description import (
+    CALLER,
+    IDEMPOTENCY,
+    PATH_SCHEMAS,
+    JsonBody,
+    Operation,
+    Parameter,
+    Schema,
+    ref,
+)
 from progressdb_server.http.limits import HEAD_BYTES_MAX, HEADERS_COUNT_MAX, REQUEST_BYTES_MAX
 from progressdb_server.kms.provider import SEALED
-from progressdb_server.store.model import Message, Thread
+from progressdb_server.store.model import IdempotencyConflictError, Message, Thread
 
 CONTENT_TYPE: Final = "application/yaml"
 
@@ -286,7 +297,10 @@ def error_texts(operation: Operation) -> dict[int, tuple[str, ...]]:
         texts.setdefault(status, []).extend(sentences)
 
     for error in operation.raises:
-        add(error.status, error.text)
+        if isinstance(error, str):
+            add(400, error)
+        else:
+            add(error.status, error.text)
     add(400, "the header x-api-key is sent twice")
     add(403, FORBIDDEN)
     add(431, HEAD_TOO_LARGE)
@@ -299,7 +313,12 @@ def error_texts(operation: Operation) -> dict[int, tuple[str, ...]]:
         add(503, "the store's disk is not available now")
     if "key service" in operation.needs:
         add(503, "the key service is not available now", SEALED)
+    if IDEMPOTENCY in operation.parameters:
+        add(400, INVALID_IDEMPOTENCY_KEY)
+        add(409, IdempotencyConflictError.text)
     if operation.body is not None:
+        if "author" in operation.body.struct.__struct_fields__:
+            add(403, OTHER_AUTHOR_IN_BODY)
         if not any(sentence.startswith("invalid ") for sentence in texts[400]):
             add(400, INVALID_JSON)
         add(413, TOO_LARGE)

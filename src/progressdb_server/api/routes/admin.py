@@ -59,7 +59,7 @@ async def health(request: ApiRequest) -> ApiResponse:
     roles=BACKENDS,
     response=texts("userId", "signature"),
     body=JsonBody(SignBody, {"userId": {**AUTHOR, "minLength": 1}}),
-    errors={400: (INVALID_PAYLOAD,)},
+    raises=(INVALID_PAYLOAD,),
     needs=NOTHING,
 )
 async def sign(request: ApiRequest) -> ApiResponse:
@@ -96,7 +96,7 @@ class AdminHandlers:
         roles=ADMINS,
         response=THREADS.response(ref("Thread")),
         parameters=THREADS.parameters,
-        errors={400: THREADS.errors},
+        raises=THREADS.errors,
     )
     async def threads(self, request: ApiRequest) -> JsonList:
         """List the threads of all authors, including deleted threads, in order of creation; pages begin with the
@@ -110,7 +110,7 @@ class AdminHandlers:
         roles=ADMINS,
         response=KEYS.response(TEXT),
         parameters=(Parameter("prefix", STORED_KEY, "Only keys that begin with this text."), *KEYS.parameters),
-        errors={400: (PREFIX_TOO_LONG, *KEYS.errors)},
+        raises=(PREFIX_TOO_LONG, *KEYS.errors),
         needs=DISK,
     )
     async def keys(self, request: ApiRequest) -> JsonList:

@@ -161,12 +161,11 @@ class JobHandlers:
             Parameter("wait", SWITCH, "Respond with 200 at the end of the job instead of with 202 at its start."),
         ),
         errors={
-            400: (INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT),
             409: (_RESTORING, f"the job {_JOB_ID} is cancelled"),
             500: (f"the job {_JOB_ID} is failed: 7 records could not be re-encrypted",),
             503: ("the server is shutting down; the job continues after the next start",),
         },
-        raises=(ThreadNotFoundError, TooManyJobsError),
+        raises=(INVALID_REQUEST, THREAD_ID_MISSING, INVALID_WAIT, ThreadNotFoundError, TooManyJobsError),
     )
     async def rotate_one(self, request: ApiRequest) -> ApiResponse:
         """Rotate a thread's key: create a new key, and re-encrypt the records in a background job."""
@@ -206,11 +205,8 @@ class JobHandlers:
                 ]
             },
         ),
-        errors={
-            400: (INVALID_REQUEST, TOO_MANY_THREADS),
-            409: (_RESTORING, f"{_JOB_ID} rotates other threads, or in another way: wait for it, or cancel it"),
-        },
-        raises=(ThreadNotFoundError, TooManyJobsError),
+        errors={409: (_RESTORING, f"{_JOB_ID} rotates other threads, or in another way: wait for it, or cancel it")},
+        raises=(INVALID_REQUEST, TOO_MANY_THREADS, ThreadNotFoundError, TooManyJobsError),
     )
     async def rotate_many(self, request: ApiRequest) -> ApiResponse:
         """Rotate the keys of many threads. Without `thread_ids` one job rotates them one after another."""
@@ -234,7 +230,7 @@ class JobHandlers:
         "/admin/jobs",
         response=_JOBS.response(_JOB),
         parameters=(Parameter("status", TEXT, "Only jobs in this state."), *_JOBS.parameters),
-        errors={400: _JOBS.errors},
+        raises=_JOBS.errors,
     )
     async def jobs(self, request: ApiRequest) -> JsonList:
         """List jobs, newest first."""
@@ -242,7 +238,7 @@ class JobHandlers:
         return self._listed(request, lambda job: status in ("", job.state))
 
     @_for_admins(
-        "GET", "/admin/backups", response=_JOBS.response(_JOB), parameters=_JOBS.parameters, errors={400: _JOBS.errors}
+        "GET", "/admin/backups", response=_JOBS.response(_JOB), parameters=_JOBS.parameters, raises=_JOBS.errors
     )
     async def with_backups(self, request: ApiRequest) -> JsonList:
         """List the jobs that have backups of records, newest first."""
@@ -324,7 +320,7 @@ class JobHandlers:
         "/admin/orphaned_keys",
         response=_ORPHANS.response(texts("key_id", "thread_id", "created_at")),
         parameters=_ORPHANS.parameters,
-        errors={400: _ORPHANS.errors},
+        raises=_ORPHANS.errors,
         needs=BOTH,
     )
     async def orphaned_keys(self, request: ApiRequest) -> JsonList:
@@ -341,7 +337,7 @@ class JobHandlers:
         "/admin/lost_keys",
         response=_LOST.response(texts("key_id", "thread_id")),
         parameters=_LOST.parameters,
-        errors={400: _LOST.errors},
+        raises=_LOST.errors,
         needs=BOTH,
     )
     async def lost_keys(self, request: ApiRequest) -> JsonList:

@@ -21,8 +21,6 @@ from progressdb_server.api.gate import head, limits
 from progressdb_server.api.gate.errors import (
     AUTHOR_REQUIRED,
     AUTHOR_TOO_LONG,
-    INVALID_IDEMPOTENCY_KEY,
-    OTHER_AUTHOR_IN_BODY,
     ApiError,
     bad_request,
     forbidden,
@@ -64,7 +62,6 @@ from progressdb_server.store.model import (
     RECORD_MISSING,
     AmbiguousTimeError,
     AuthorNotInThreadError,
-    IdempotencyConflictError,
     InvalidThreadIdError,
     Message,
     MessageNotFoundError,
@@ -284,7 +281,6 @@ _HELD: Final = Parameter(
 )
 _PAGE_ERRORS: Final = (INVALID_LIMIT, _not_a_message_id("before"), _not_a_switch("include_deleted"))
 _MESSAGE_ERRORS: Final = (AUTHOR_REQUIRED, BODY_REQUIRED, ROLE_TOO_LONG, INVALID_REPLY_TO)
-_NEW_MESSAGE_ERRORS: Final = (*_MESSAGE_ERRORS, TooManyReactionsError.text, REACTION_TOO_LONG, INVALID_IDEMPOTENCY_KEY)
 _READER: Final = (AuthorNotInThreadError, NotAMemberError)
 """The errors of a caller who may not read the thread."""
 _MESSAGE_LIST: Final = list_of("messages", ref("Message"), thread=ID)
@@ -303,31 +299,24 @@ _create: Final = partial(
     "POST",
     response=ref("Message"),
     parameters=(IDEMPOTENCY,),
-    errors={400: _NEW_MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY, OTHER_REACTION_ID)},
+    errors={403: (OTHER_REACTION_ID,)},
 )
-_CREATE_RAISES: Final = (
-    ThreadDeletedError,
-    NotAMemberError,
-    IdempotencyConflictError,
-    TooManyMembersError,
-    ThreadKeyDestroyedError,
-)
+_POST_RAISES: Final = (ThreadDeletedError, NotAMemberError, TooManyMembersError, ThreadKeyDestroyedError)
+_CREATE_RAISES: Final = (*_MESSAGE_ERRORS, TooManyReactionsError.text, REACTION_TOO_LONG, *_POST_RAISES)
+_READ_RAISES: Final = (*_READER, MessageNotFoundError)
+_REACT_RAISES: Final = (*_READ_RAISES, ThreadKeyDestroyedError)
+_LIST_RAISES: Final = (*_PAGE_ERRORS, *_READ_RAISES, ThreadNotFoundError)
+_read: Final = partial(Operation, "GET", response=ref("Message"), raises=_READ_RAISES)
 _list: Final = partial(Operation, "GET", response=_MESSAGE_LIST, other_responses={304: None}, headers=_LIST_HEADERS)
+_CHANGE_RAISES: Final = (NotTheAuthorError, NotAMemberError, MessageNotFoundError, ThreadKeyDestroyedError)
 _update: Final = partial(
     Operation,
     "PUT",
     response=ref("Message"),
     body=JsonBody(MessageBody, {**_MESSAGE, "thread": _NAMED_BY_PATH, "reactions": _NOT_CHANGED}, ("body",)),
-    errors={400: _MESSAGE_ERRORS, 403: (OTHER_AUTHOR_IN_BODY,)},
-    raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, TooManyVersionsError, ThreadKeyDestroyedError),
+    raises=(*_MESSAGE_ERRORS, TooManyVersionsError, *_CHANGE_RAISES),
 )
-_delete: Final = partial(
-    Operation,
-    "DELETE",
-    status=204,
-    errors={400: (AUTHOR_REQUIRED,)},
-    raises=(NotTheAuthorError, NotAMemberError, MessageNotFoundError, ThreadKeyDestroyedError),
-)
+_delete: Final = partial(Operation, "DELETE", status=204, raises=(AUTHOR_REQUIRED, *_CHANGE_RAISES))
 
 
 # --- handlers ---------------------------------------------------------------------------------------------------
@@ -381,8 +370,7 @@ class MessageHandlers:
     @_list(
         "/v1/messages",
         parameters=(Parameter("thread", ID, "The thread.", required=True), *_PAGE, _HELD),
-        errors={400: (THREAD_PARAMETER_MISSING, *_PAGE_ERRORS)},
-        raises=(InvalidThreadIdError, *_READER, ThreadNotFoundError, MessageNotFoundError),
+        raises=(THREAD_PARAMETER_MISSING, InvalidThreadIdError, *_LIST_RAISES),
     )
     async def list_by_query(self, request: ApiRequest) -> AnyResponse:
         """List the latest version of each message of a thread, in order of creation. Only an admin key lists a deleted
@@ -402,8 +390,7 @@ class MessageHandlers:
     @_list(
         THREAD_MESSAGES,
         parameters=(*_PAGE, _HELD),
-        errors={400: (AUTHOR_REQUIRED, *_PAGE_ERRORS)},
-        raises=(*_READER, ThreadNotFoundError, MessageNotFoundError),
+        raises=(AUTHOR_REQUIRED, *_LIST_RAISES),
     )
     async def list_in_thread(self, request: ApiRequest) -> AnyResponse:
         """List the messages of a thread. The author must own the thread or have written in it."""
@@ -416,14 +403,8 @@ class MessageHandlers:
         await self._store.members.check_reader(thread_id, author)
         return await list_of_messages(self._store, request, thread_id, page)
 
-    @Operation("GET", MESSAGE, response=ref("Message"), raises=(*_READER, MessageNotFoundError))
-    @Operation(
-        "GET",
-        MESSAGE_IN_THREAD,
-        response=ref("Message"),
-        errors={400: (AUTHOR_REQUIRED,)},
-        raises=(*_READER, MessageNotFoundError),
-    )
+    @_read(MESSAGE)
+    @_read(MESSAGE_IN_THREAD, raises=(AUTHOR_REQUIRED, *_READ_RAISES))
     async def read(self, request: ApiRequest) -> ApiResponse:
         """Read the latest version of a message, even if it is deleted. Only an admin key reads in a deleted thread."""
         thread_id = self._thread(request)
@@ -483,8 +464,7 @@ class MessageHandlers:
                 "before", _VERSION, "Only versions before this one: `older` of a page, or a `ts` that one version has."
             ),
         ),
-        errors={400: (INVALID_LIMIT, INVALID_VERSION)},
-        raises=(AmbiguousTimeError, *_READER),
+        raises=(INVALID_LIMIT, INVALID_VERSION, AmbiguousTimeError, *_READER),
     )
     async def versions(self, request: ApiRequest) -> AnyResponse:
         """List the versions of a message, oldest first. The list is empty for an unknown id, and unless an admin key
@@ -512,7 +492,7 @@ class ReactionHandlers:
     def __init__(self, store: Conversations) -> None:
         self._store = store
 
-    @Operation("GET", f"{MESSAGE}/reactions", response=_REACTION_LIST, raises=(*_READER, MessageNotFoundError))
+    @Operation("GET", f"{MESSAGE}/reactions", response=_REACTION_LIST, raises=_READ_RAISES)
     async def list(self, request: ApiRequest) -> ApiResponse:
         """List the reactions to a message."""
         request.author()
@@ -531,8 +511,8 @@ class ReactionHandlers:
             ("reaction",),
         ),
         parameters=(Parameter("X-Identity", AUTHOR, "The identity that reacts, if the body has no `id`.", "header"),),
-        errors={400: (REACTION_INCOMPLETE, REACTION_TOO_LONG), 403: (OTHER_REACTION_ID,)},
-        raises=(*_READER, MessageNotFoundError, TooManyVersionsError, TooManyReactionsError, ThreadKeyDestroyedError),
+        errors={403: (OTHER_REACTION_ID,)},
+        raises=(REACTION_INCOMPLETE, REACTION_TOO_LONG, *_REACT_RAISES, TooManyVersionsError, TooManyReactionsError),
     )
     async def set(self, request: ApiRequest) -> ApiResponse:
         """Set the reaction of one identity. The response is the message; for a signed user who may not read it, without
@@ -562,8 +542,8 @@ class ReactionHandlers:
         f"{MESSAGE}/reactions/{{identity:path}}",
         status=204,
         path_schemas={"identity": {**AUTHOR, "minLength": 1}},
-        errors={400: (AUTHOR_TOO_LONG,), 403: (OTHER_REACTION_ID,)},
-        raises=(*_READER, MessageNotFoundError, ThreadKeyDestroyedError),
+        errors={403: (OTHER_REACTION_ID,)},
+        raises=(AUTHOR_TOO_LONG, *_REACT_RAISES),
     )
     async def remove(self, request: ApiRequest) -> ApiResponse:
         """Remove the reaction of one identity. Succeeds if there is none."""

@@ -42,6 +42,7 @@ from progressdb_server.store.model import (
 NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,127}", re.ASCII)
 INVALID_NAME: Final = "name must be 1 to 128 letters, digits, dots, underscores or hyphens, no dot first"
 INVALID_REQUEST: Final = "invalid request"
+_NOT_BEGUN: Final = (BackupExistsError, BackupBusyError, BackupOfDatabaseError)
 
 _log: Final = Log()
 
@@ -66,9 +67,8 @@ class BackupHandlers:
         roles=ADMINS,
         response=object_of(name=TEXT, files=INTEGER, bytes=INTEGER),
         body=JsonBody(BackupBody, {"name": {"type": "string", "pattern": f"^{NAME.pattern}$"}}),
-        errors={400: (INVALID_NAME, INVALID_REQUEST)},
         needs=DISK,
-        raises=(BackupExistsError, BackupBusyError, BackupOfDatabaseError, BackupError),
+        raises=(INVALID_NAME, INVALID_REQUEST, *_NOT_BEGUN, BackupError),
     )
     async def create(self, request: ApiRequest) -> ApiResponse:
         """Back up the store while the server runs. Back up the key service after it, not before."""
@@ -77,7 +77,7 @@ class BackupHandlers:
             raise bad_request(INVALID_NAME)
         try:
             copy = await self._backups.back_up(str((self._directory / name).absolute()))
-        except (BackupExistsError, BackupBusyError, BackupOfDatabaseError):
+        except _NOT_BEGUN:
             raise
         except BackupError as error:  # its text names files of this machine: it is logged and not sent
             _log.error("backup_failed", request_id=request.request_id, reason=str(error))

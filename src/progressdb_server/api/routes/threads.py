@@ -15,8 +15,6 @@ import msgspec
 from progressdb_server.api.gate import limits
 from progressdb_server.api.gate.errors import (
     AUTHOR_REQUIRED,
-    INVALID_IDEMPOTENCY_KEY,
-    OTHER_AUTHOR_IN_BODY,
     bad_request,
 )
 from progressdb_server.api.gate.keys import Role, checked_author
@@ -39,7 +37,6 @@ from progressdb_server.api.openapi.description import (
 from progressdb_server.api.routes.paging import Paging
 from progressdb_server.conversations.whole import Conversations
 from progressdb_server.store.model import (
-    IdempotencyConflictError,
     MemberIsAuthorError,
     NoRoomToRemoveError,
     NotTheAuthorError,
@@ -107,7 +104,9 @@ _MEMBERS: Final[Schema] = {
     "items": {**AUTHOR, "minLength": 1},
 }
 _MEMBER_LIST: Final = list_of("members", TEXT, thread=ID)
+THREAD: Final = "/v1/threads/{thread}"
 THREAD_MEMBERS: Final = "/v1/threads/{thread}/members"
+_CHANGE_RAISES: Final = (AUTHOR_REQUIRED, NotTheAuthorError, ThreadNotFoundError, ThreadKeyDestroyedError)
 THREADS: Final = Paging(
     "threads", "before", "older", re.compile(r"[0-9]{20}-[0-9]{6}:" + limits.ID_PATTERN.pattern, re.ASCII)
 )
@@ -132,11 +131,7 @@ class ThreadHandlers:
             },
         ),
         parameters=(IDEMPOTENCY,),
-        errors={
-            400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, INVALID_MEMBERS, INVALID_IDEMPOTENCY_KEY),
-            403: (OTHER_AUTHOR_IN_BODY,),
-        },
-        raises=(IdempotencyConflictError,),
+        raises=(AUTHOR_REQUIRED, TITLE_TOO_LONG, INVALID_MEMBERS),
     )
     async def create(self, request: ApiRequest) -> ApiResponse:
         """Create a thread."""
@@ -164,7 +159,7 @@ class ThreadHandlers:
             Parameter("slug", text(limits.SLUG_BYTES_MAX), "Only threads with this slug."),
             *THREADS.parameters,
         ),
-        errors={400: (AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG, *THREADS.errors)},
+        raises=(AUTHOR_REQUIRED, TITLE_TOO_LONG, SLUG_TOO_LONG, *THREADS.errors),
     )
     async def list(self, request: ApiRequest) -> JsonList:
         """List the author's threads, in order of creation; pages begin with the newest."""
@@ -177,13 +172,7 @@ class ThreadHandlers:
         page = THREADS.read(request.query_params)
         return THREADS.list(self._store.threads.list_threads(author=author, title=title, slug=slug, page=page), page)
 
-    @Operation(
-        "GET",
-        "/v1/threads/{thread}",
-        response=ref("Thread"),
-        errors={400: (AUTHOR_REQUIRED,)},
-        raises=(NotTheAuthorError, ThreadNotFoundError),
-    )
+    @Operation("GET", THREAD, response=ref("Thread"), raises=(AUTHOR_REQUIRED, NotTheAuthorError, ThreadNotFoundError))
     async def read(self, request: ApiRequest) -> ApiResponse:
         """Read a thread of the author. Only an admin key reads a deleted thread."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
@@ -197,15 +186,14 @@ class ThreadHandlers:
 
     @Operation(
         "PUT",
-        "/v1/threads/{thread}",
+        THREAD,
         response=ref("Thread"),
         body=JsonBody(
             ThreadBody,
             {**_FIELDS, "title": text(limits.TITLE_BYTES_MAX), "members": {"description": "Ignored."}},
             ("title",),
         ),
-        errors={400: (AUTHOR_REQUIRED, TITLE_REQUIRED, TITLE_TOO_LONG), 403: (OTHER_AUTHOR_IN_BODY,)},
-        raises=(NotTheAuthorError, ThreadNotFoundError, ThreadKeyDestroyedError),
+        raises=(TITLE_REQUIRED, TITLE_TOO_LONG, *_CHANGE_RAISES),
     )
     async def update(self, request: ApiRequest) -> ApiResponse:
         """Change a thread's title, and with it the slug."""
@@ -219,13 +207,7 @@ class ThreadHandlers:
         )
         return json_response(thread)
 
-    @Operation(
-        "DELETE",
-        "/v1/threads/{thread}",
-        status=204,
-        errors={400: (AUTHOR_REQUIRED,)},
-        raises=(NotTheAuthorError, ThreadNotFoundError, ThreadKeyDestroyedError),
-    )
+    @Operation("DELETE", THREAD, status=204, raises=_CHANGE_RAISES)
     async def delete(self, request: ApiRequest) -> ApiResponse:
         """Mark a thread as deleted."""
         thread_id = request.id_from_path("thread", ThreadNotFoundError)
@@ -258,8 +240,7 @@ class ThreadHandlers:
         THREAD_MEMBERS,
         response=_MEMBER_LIST,
         body=JsonBody(MembersBody, {"members": _MEMBERS}),
-        errors={400: (INVALID_MEMBERS,)},
-        raises=(NotTheAuthorError, ThreadNotFoundError, TooManyMembersError),
+        raises=(INVALID_MEMBERS, NotTheAuthorError, ThreadNotFoundError, TooManyMembersError),
     )
     async def add_members(self, request: ApiRequest) -> ApiResponse:
         """Add members to a thread, also removed ones again; answers all members."""
@@ -274,8 +255,7 @@ class ThreadHandlers:
         THREAD_MEMBERS,
         status=204,
         parameters=(Parameter("member", {**AUTHOR, "minLength": 1}, "Whom to remove.", required=True),),
-        errors={400: (MEMBER_MISSING,)},
-        raises=(NotTheAuthorError, ThreadNotFoundError, MemberIsAuthorError, NoRoomToRemoveError),
+        raises=(MEMBER_MISSING, NotTheAuthorError, ThreadNotFoundError, MemberIsAuthorError, NoRoomToRemoveError),
     )
     async def remove_member(self, request: ApiRequest) -> ApiResponse:
         """Remove somebody, member or not, who then can't post or read until added again."""
