@@ -129,11 +129,10 @@ def test_the_wheel_alone_stores_a_message_and_shows_it(new_directory: Path) -> N
     assert_as_shown(output)
 
 
-def test_a_port_that_another_program_has_is_named_on_the_screen(new_directory: Path) -> None:
+def test_the_first_block_stops_where_another_program_has_the_port(new_directory: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
-        begin = at_port(blocks()[0][1].partition("\n\n")[0], other.getsockname()[1])
-        output = said(new_directory, begin)
-    assert output.startswith("progressdb: cannot listen on 127.0.0.1:") and output.count("\n") == 1
+        output = said(new_directory, at_port(blocks()[0][1], other.getsockname()[1]), status=1)
+    assert output.startswith("It has ended: progressdb: cannot listen on 127.0.0.1:") and output.count("\n") == 1
 
 
 def assert_as_shown(output: str) -> None:
@@ -143,8 +142,8 @@ def assert_as_shown(output: str) -> None:
     assert re.search(f"^{pattern}", output, re.MULTILINE), output
 
 
-def said(place: Path, script: str) -> str:
-    """What the script wrote, which has ended well, as an ordinary user would run it there."""
+def said(place: Path, script: str, *, status: int = 0) -> str:
+    """What the script wrote, which ended with this status, as an ordinary user would run it there."""
     shell = subprocess.Popen(
         ["bash", "-c", script],
         cwd=place,
@@ -162,7 +161,7 @@ def said(place: Path, script: str) -> str:
         output, _ = shell.communicate(timeout=PASTED_S_MAX)
     finally:
         end_session(shell.pid)
-    assert shell.returncode == 0, output
+    assert shell.returncode == status, output
     return str(output)
 
 
