@@ -220,9 +220,9 @@ def open_for_service(
         if not options.accept_restore:
             check_newest(epoch, seen)
         with written_at_start(os.path.join(log_dir, LOG_NAME)):
-            log = open_audit_log(
+            log = AuditLog(
                 log_dir,
-                unlocked,
+                audit_keys(unlocked),
                 expected=ExpectedLog(has_log, options.expect_audit_head, options.if_restored),
                 accept_loss=options.accept_audit_loss,
                 fsync=options.audit_fsync,
@@ -345,7 +345,7 @@ def open_keyring(
             provider=root.name,
             nonces=nonces.next,
             fill_random=fill_random,
-            at=_now(),
+            at=clock.now_rfc3339(),
         )
     try:
         with written_at_start(os.path.join(directory, keyring_file.NAME)):
@@ -446,7 +446,7 @@ def _raise_epoch(
     """
     if seen_epoch > body.epoch:
         body = msgspec.structs.replace(body, epoch=seen_epoch)
-    at = _now()
+    at = clock.now_rfc3339()
     body = keyring.next_epoch(root_slots.mark_tested(body, proved_slot_id, at=at), at=at)
     file.store_now(unlocked.encode(body))
     unlocked.body = body
@@ -489,33 +489,6 @@ def _read_keyring_id(data_dir: str) -> str:
 
 
 # --- the audit log ------------------------------------------------------------------------------------------------
-
-
-def open_audit_log(
-    log_dir: str,
-    unlocked: UnlockedKeyring,
-    *,
-    expected: ExpectedLog,
-    accept_loss: bool = False,
-    fsync: FsyncPolicy = "interval",
-    hash_thread_ids: bool = False,
-    limits: LogLimits = DEFAULT_LIMITS,
-    now_ns: Callable[[], int] = clock.now_ns,
-) -> AuditLog:
-    """The audit log under the audit keys of the keyring, which must stay unlocked until the log is closed.
-
-    Raises as `AuditLog`.
-    """
-    return AuditLog(
-        log_dir,
-        audit_keys(unlocked),
-        now_ns=now_ns,
-        fsync=fsync,
-        expected=expected,
-        accept_loss=accept_loss,
-        hash_thread_ids=hash_thread_ids,
-        limits=limits,
-    )
 
 
 def audit_keys(unlocked: UnlockedKeyring) -> AuditKeys:
@@ -575,7 +548,3 @@ def read_keyring(directory: str) -> bytes:
             f"there is no keyring in {directory}: make one with `minikms init`, or name the data directory that has one"
         )
     return data
-
-
-def _now() -> str:
-    return clock.rfc3339(clock.now_ns())

@@ -34,7 +34,6 @@ from minikms.datadir import (
     check_alone,
     check_newest,
     check_tombstones,
-    open_audit_log,
     read_keyring,
 )
 from minikms.keys import keyring, members, root_slots
@@ -55,7 +54,7 @@ def add_root(
     Raises ConflictError, StorageUnavailableError, AuditUnavailableError: the slot may be stored then.
     """
     unlocked = data.vault.unlocked
-    at = _now()
+    at = clock.now_rfc3339()
 
     def with_slot(body: keyring.Body) -> keyring.Body:
         slot_id = root_slots.next_slot_id(body)
@@ -88,7 +87,7 @@ def rotate_audit_key(directory: str, root: RootProvider) -> NewAuditKey:
     """
     with _opened_offline(directory, root, "the audit key changes") as opened:
         key, unlocked, log = opened.make_audit_key(), opened.unlocked, opened.log
-        opened.store(keyring.add_audit_key(unlocked.body, unlocked.member_id, key, at=_now()))
+        opened.store(keyring.add_audit_key(unlocked.body, unlocked.member_id, key, at=clock.now_rfc3339()))
         log.change_key(audit_keys(unlocked).current)
         log.sync.fdatasync()
         return NewAuditKey(key.version, key.public_key, log.head)
@@ -106,7 +105,7 @@ def detach_auditor(directory: str, root: RootProvider) -> str:
         if not origin:
             raise StartError("no auditor is attached")
         opened.write_line("detach_auditor", {"origin": origin})
-        opened.store(keyring.without_audit_origin(unlocked.body, unlocked.member_id, at=_now()))
+        opened.store(keyring.without_audit_origin(unlocked.body, unlocked.member_id, at=clock.now_rfc3339()))
         return origin
 
 
@@ -122,7 +121,7 @@ def init_replica(directory: str, root: RootProvider, name: str) -> Mark:
         check_alone(unlocked.body)
         mark = Mark(member_id=members.FIRST_ID, name=name, begins=True)
         opened.write_line("replica_init", {"member_id": mark.member_id, "name": name})
-        opened.store(members.begun(unlocked.body, name, opened.slot.slot_id, at=_now()))
+        opened.store(members.begun(unlocked.body, name, opened.slot.slot_id, at=clock.now_rfc3339()))
         replica_file.write(opened.directory_fd, mark, unlocked)
         return mark
 
@@ -142,7 +141,7 @@ def leave_replica(directory: str, root: RootProvider) -> Mark:
             opened.write_line("replica_leave", {"member_id": mark.member_id, "number": mark.number})
             key, in_use = opened.make_audit_key(), opened.log.writer.key.version
             body = keyring.with_audit_key(unlocked.body, mark.member_id, key, in_use=in_use)
-            opened.store(members.alone(body, mark.member_id, at=_now()))
+            opened.store(members.alone(body, mark.member_id, at=clock.now_rfc3339()))
             unlocked.member_id = ""
             opened.log.change_key(audit_keys(unlocked).current)
             opened.log.sync.fdatasync()
@@ -209,7 +208,7 @@ class _Opened(NamedTuple):
         """For all lines after the last one, which is signed."""
         last, version = self.log.sign_and_sync(), self.unlocked.audit.current.version + 1
         return self.unlocked.make_audit_key(
-            fill_random, version=version, at=_now(), since_seq=last.seq, since_sig=last.sig
+            fill_random, version=version, at=clock.now_rfc3339(), since_seq=last.seq, since_sig=last.sig
         )
 
     def store(self, body: keyring.Body) -> None:
@@ -254,13 +253,9 @@ def _opened_offline(directory: str, root: RootProvider, change: str, *, member: 
         # The change raises the epoch, so an older keyring would pass for a newer one at the next start.
         check_newest(unlocked.body.epoch, highest_epoch(log_dir))
         # First the log as it is: an interrupted step is completed under the keys that the log knows.
-        log = open_audit_log(log_dir, unlocked, expected=ExpectedLog(exists=True))
+        log = AuditLog(log_dir, audit_keys(unlocked), expected=ExpectedLog(exists=True))
         stack.callback(log.close)
         destroyed, unlocked.body = open_tombstones(lock.directory_fd, unlocked)
         destroyed.close()
         check_tombstones(destroyed, log)
         yield _Opened(lock.directory_fd, file, unlocked, log, slot, mark)
-
-
-def _now() -> str:
-    return clock.rfc3339(clock.now_ns())

@@ -19,6 +19,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 import cryptography.hazmat.backends.openssl.backend  # noqa: F401  else loaded with the first key
@@ -85,7 +86,7 @@ def main() -> None:
     status 1 after a start that may succeed later, with 2 if something has to be changed before.
     """
     try:
-        run(settings_of(sys.argv[1:]))
+        serve(settings_of(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except (KmsError, OSError) as error:
@@ -98,11 +99,11 @@ def main() -> None:
         sys.exit(EXIT_FAILED if may_succeed else EXIT_MISSING)
 
 
-def run(settings: Settings) -> None:
+def serve(settings: Settings) -> None:
     """Serves until SIGTERM, SIGINT, SIGQUIT, or the end of the parent. Raises StartError, saying why it can't start and
     what to do.
     """
-    log = service_logger(settings.log_format)
+    log = service_logger(settings.flags.log_format)
     notifier = Notifier(os.environ)
     policy = _policy(settings)
     connections_max = connections_bound(raise_descriptor_limit(DESCRIPTORS_COUNT))
@@ -111,13 +112,13 @@ def run(settings: Settings) -> None:
         log.warning("fewer connections than promised", why=too_few)
     with (
         SignalReader() as signals,
-        lock_data_dir(settings.data_dir, settings.opening.audit_dir) as lock,
+        lock_data_dir(settings.flags.data_dir, settings.opening.audit_dir) as lock,
         listen(
-            settings.socket,
+            settings.flags.socket,
             os.environ,
             mode=settings.socket_mode,
-            group=settings.socket_group,
-            make_directory=settings.make_socket_dir,
+            group=settings.flags.socket_group,
+            make_directory=settings.flags.make_socket_dir,
         ) as listener,
         SecretArena(settings.opening.cache_keys_max + SERVICE_SLOTS) as arena,
     ):
@@ -125,18 +126,26 @@ def run(settings: Settings) -> None:
         open_process_files(settings.build)
         measures = _harden(settings, policy, arena, listener)
         end_imports()
-        daemon = Daemon(
-            settings=settings,
-            policy=policy,
-            lock=lock,
-            listener=listener,
-            arena=arena,
-            measures=measures,
-            connections_max=connections_max,
-            run=Run(signals, notifier, log),
-        )
-        sys.setswitchinterval(SWITCH_SECONDS)
-        uvloop.run(daemon.serve())
+        run = Run(signals, notifier, log)
+        workers = Workers.start()
+        try:
+            process = RunContext(
+                settings=settings,
+                policy=policy.in_force(directory_fd=lock.directory_fd, executor=workers.policy, log=log),
+                lock=lock,
+                arena=arena,
+                measures=measures,
+                connections_max=connections_max,
+                workers=workers,
+                notifier=notifier,
+                log=log,
+                on_internal_error=run.internal_error,
+            )
+            sys.setswitchinterval(SWITCH_SECONDS)
+            uvloop.run(Daemon(process, listener, run).serve())
+        finally:
+            workers.shutdown()
+        log.info("stopped", why=run.why)
 
 
 def load_configured(settings: Settings, lock: DataDirLock) -> None:
@@ -148,7 +157,7 @@ def load_configured(settings: Settings, lock: DataDirLock) -> None:
         import_module("minikms_daemon.seal.unlocking")
     if settings.opening.audit_dir is not None:
         import_module("minikms_daemon.service.auditor")
-    if settings.refuse_when_unshipped is not None:
+    if settings.flags.refuse_when_unshipped is not None:
         import_module("minikms_daemon.server.lagging")
 
 
@@ -216,57 +225,28 @@ class ChosenPolicy(NamedTuple):
     read_paths: list[str]
 
 
-@dataclass(kw_only=True)
+@dataclass(eq=False, repr=False)
 class Daemon:
-    """One run of the service. Made and used in the loop's thread."""
+    """One run of the service. Used in the loop's thread."""
 
-    settings: Settings
-    policy: ChosenPolicy
-    lock: DataDirLock
+    process: RunContext
     listener: UnixListener
-    arena: SecretArena
-    measures: tuple[Measure, ...]
-    connections_max: int
     run: Run
 
     def __post_init__(self) -> None:
+        self._flags = self.process.settings.flags
         self._running: list[asyncio.Task[None]] = []
 
     async def serve(self) -> None:
-        workers = Workers.start()
-        try:
-            policy = self.policy.in_force(
-                directory_fd=self.lock.directory_fd, executor=workers.policy, log=self.run.log
-            )
-            await self._serve(workers, policy)
-            await policy.save()
-        finally:
-            workers.shutdown()
-        self.run.log.info("stopped", why=self.run.why)
-
-    async def _serve(self, workers: Workers, policy: PolicyInForce) -> None:
-        sealable = SealableServer(
-            RunContext(
-                settings=self.settings,
-                policy=policy,
-                lock=self.lock,
-                arena=self.arena,
-                measures=self.measures,
-                connections_max=self.connections_max,
-                workers=workers,
-                notifier=self.run.notifier,
-                log=self.run.log,
-                on_internal_error=self.run.internal_error,
-            ),
-            self,
-        )
+        sealable = SealableServer(self.process, self)
         end_steps_with(sealable.end_steps)
-        await asyncio.create_task(self._serve_and_close(sealable, policy))
+        await asyncio.create_task(self._serve_and_close(sealable))
+        await self.process.policy.save()
 
-    async def _serve_and_close(self, sealable: SealableServer, policy: PolicyInForce) -> None:
+    async def _serve_and_close(self, sealable: SealableServer) -> None:
         try:
             await sealable.start()
-            await self._serve_until_stopped(sealable, policy)
+            await self._serve_until_stopped(sealable)
         finally:
             await self._close(sealable)
 
@@ -276,21 +256,22 @@ class Daemon:
         except KmsRefusedError as error:
             self.run.log.error("audit log not signed at its end", why=str(error))  # noqa: TRY400  a refusal, no defect
 
-    async def _serve_until_stopped(self, sealable: SealableServer, policy: PolicyInForce) -> None:
+    async def _serve_until_stopped(self, sealable: SealableServer) -> None:
         self.run.read_signals()
-        if self.settings.parent_fd is not None:
-            os.set_blocking(self.settings.parent_fd, False)
-            asyncio.get_running_loop().add_reader(self.settings.parent_fd, self._on_parent)
+        if self._flags.parent_fd is not None:
+            os.set_blocking(self._flags.parent_fd, False)
+            asyncio.get_running_loop().add_reader(self._flags.parent_fd, self._on_parent)
         acceptor = Acceptor(self.listener.socket, sealable.server, on_failure=self.run.accept_failed)
+        chores = self.process.policy.chores(self.run.hangup, sealable.audit)
         own = [
             asyncio.ensure_future(self._keep(lambda: self.run.watchdog(lambda: self.listener.reachable))),
-            *(asyncio.ensure_future(self._keep(chore)) for chore in policy.chores(self.run.hangup, sealable.audit)),
+            *(asyncio.ensure_future(self._keep(chore)) for chore in chores),
         ]
         if sealable.parts is not None:
             self.start(sealable.parts)
         gc.set_threshold(*GC_THRESHOLDS)
         self.run.log.info(
-            sealable.summary.partition(" on ")[0], socket=self.settings.socket, data_dir=self.settings.data_dir
+            sealable.summary.partition(" on ")[0], socket=self._flags.socket, data_dir=self._flags.data_dir
         )
         await self.run.until_stopped(sealable.summary)
         acceptor.close()
@@ -337,7 +318,7 @@ class Daemon:
             parts.watch_lag,
             parts.replica.watch,
             lambda: sweep_temps_again(
-                parts.vault, self.lock.directory, self.run.log, reader=workers.reader, disk=workers.disk
+                parts.vault, self.process.lock.directory, self.run.log, reader=workers.reader, disk=workers.disk
             ),
             parts.indexing.run,
             parts.lifecycle.complete_destructions,
@@ -355,7 +336,7 @@ class Daemon:
                 await asyncio.sleep(CHORE_RETRY_SECONDS)
 
     def _on_parent(self) -> None:
-        descriptor = self.settings.parent_fd
+        descriptor = self._flags.parent_fd
         if descriptor is None:
             return
         try:
@@ -387,7 +368,7 @@ async def sweep_temps_again(vault: Vault, data_dir: str, log: Log, *, reader: Ex
 
 def _policy(settings: Settings) -> ChosenPolicy:
     """Reads the policy file, if there is one. Raises StartError."""
-    if settings.policy is None:
+    if not settings.flags.policy:
         policy = Policy(settings.allowed_uids or (), settings.admin_uids)
         return ChosenPolicy(lambda **_: PolicyInForce(policy), [])
     if settings.admin_uids:
@@ -397,7 +378,7 @@ def _policy(settings: Settings) -> ChosenPolicy:
         )
     from minikms_daemon.server.policy_file import FileInForce, PolicyFile  # in a daemon only if it has one
 
-    file = PolicyFile(settings.policy)
+    file = PolicyFile(Path(settings.flags.policy))
     file.check_apart(written=_write_paths(settings, activated=False), of_root_key=settings.root.read_paths)
     return ChosenPolicy(partial(FileInForce, file.policy(settings.allowed_uids), file=file), [file.directory])
 
@@ -409,15 +390,15 @@ def _harden(
     read = [*library_paths(), *settings.root.read_paths]
     read += [*([] if pin is None else [str(pin.path)]), *policy.read_paths]
     write = _write_paths(settings, activated=listener.activated)
-    return harden(arena, read=read, write=write, require=settings.require_hardening)
+    return harden(arena, read=read, write=write, require=settings.flags.require_hardening)
 
 
 def _write_paths(settings: Settings, *, activated: bool) -> list[str]:
     """The paths that the hardened process may write. `activated`: the service manager has made the socket."""
     log_dir = settings.opening.audit_dir
-    paths = [settings.data_dir, *([] if log_dir is None else [log_dir]), *settings.root.write_paths]
+    paths = [settings.flags.data_dir, *([] if log_dir is None else [log_dir]), *settings.root.write_paths]
     if not activated:
-        paths.append(os.path.dirname(os.path.abspath(settings.socket)))
+        paths.append(os.path.dirname(os.path.abspath(settings.flags.socket)))
     return paths
 
 

@@ -74,7 +74,7 @@ class Limited:
         KeyVerbs(one.vault, self.table, one.indexing)
         LifecycleVerbs(vault=one.vault, table=self.table, indexing=one.indexing, reader=one.reader)
         keks = one.kek_verbs(self.table)
-        RootVerbs(vault=one.vault, table=self.table, keks=keks, removal=one.removal, in_use_slot_id=one.slot.slot_id)
+        RootVerbs(keks=keks, in_use_slot_id=one.slot.slot_id)
 
     def who(self, uid: int, on_behalf_of: str | None = None) -> Principal:
         found = self.policy.principal(uid, 1, on_behalf_of)

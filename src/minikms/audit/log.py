@@ -34,6 +34,7 @@ from minikms.audit.chain import AuditKey
 from minikms.audit.record import ACTOR_SELF, Event, Facts, LineRef
 from minikms.audit.repair import AuditKeys, ExpectedLog, open_log
 from minikms.audit.writer import RESERVE_BYTES, ChainWriter, Reserve
+from minikms.platform import clock
 from minikms.platform.append_only import UNCONFIRMED_BYTES_MAX
 
 FsyncPolicy = Literal["never", "interval", "turn"]
@@ -128,7 +129,7 @@ class AuditLog:
         directory: str | os.PathLike[str],
         keys: AuditKeys,
         *,
-        now_ns: Callable[[], int],
+        now_ns: Callable[[], int] = clock.now_ns,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
         fsync: FsyncPolicy = "interval",
         expected: ExpectedLog = NOTHING_EXPECTED,

@@ -361,14 +361,14 @@ def _audit_head(directory: str) -> AuditHead | None:
 def _begin_log(log_dir: str, unlocked: UnlockedKeyring, manifest: ArchiveManifest) -> None:
     """A new audit log. Its first line names the head of the old one, its second what was restored."""
     from minikms.api.base64 import decode_exact
-    from minikms.audit import Event, ExpectedLog
+    from minikms.audit import AuditLog, Event, ExpectedLog
     from minikms.audit.record import MAC_BYTES, LineRef
-    from minikms.datadir import open_audit_log
+    from minikms.datadir import audit_keys
 
     head = manifest.audit_head
     sig = None if head is None else decode_exact(head.sig, MAC_BYTES)
     expected = ExpectedLog(exists=True, head=None if head is None or sig is None else LineRef(head.seq, sig))
-    log = open_audit_log(log_dir, unlocked, expected=expected, accept_loss=True)
+    log = AuditLog(log_dir, audit_keys(unlocked), expected=expected, accept_loss=True)
     try:
         facts: dict[str, str | int] = {"archive": manifest.archive_id, "epoch": unlocked.body.epoch}
         log.add(Event(type="restore", actor="minikms", pid=os.getpid(), facts=facts))

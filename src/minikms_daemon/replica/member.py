@@ -147,14 +147,7 @@ class ReplicaMember(NoMember):
 
     def add_verbs(self, table: VerbTable, parts: Parts) -> None:
         directory = parts.member
-        ReplicaVerbs(
-            vault=parts.vault,
-            table=table,
-            keks=parts.keks,
-            removal=parts.removal,
-            seals=lambda: 0 if directory is None else directory.mark.seals,
-            pin=self._process.settings.opening.pin,
-        )
+        ReplicaVerbs(keks=parts.keks, seals=lambda: 0 if directory is None else directory.mark.seals)
 
         async def sent(answer: Awaitable[object]) -> Reply:
             """Sends the answer also while the audit log waits for this very replicator, or can't be written."""

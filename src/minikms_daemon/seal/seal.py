@@ -204,7 +204,7 @@ class SealableServer:
         """Opens the data directory and writes the first audit line, unless the start is sealed. Raises StartError."""
         process = self._process
         marker = files.read_marker(process.lock.directory_fd)
-        serves = marker is None and not process.settings.sealed
+        serves = marker is None and not process.settings.flags.sealed
         if serves and not self._unlocking.asks:
             parts = self._opened = self._opener.open(process.settings.root)
             # of a sealed run whose flag or source this start does not have
@@ -250,7 +250,7 @@ class SealableServer:
     def summary(self) -> str:
         """One line for the service manager."""
         state = "sealed" if self.is_sealed else "serving" if self._replica.serves else "standing by"
-        return f"{state} on {self._process.settings.socket}"
+        return f"{state} on {self._process.settings.flags.socket}"
 
     @property
     def is_sealed(self) -> bool:
@@ -533,7 +533,7 @@ class SealableServer:
 
     def status(self) -> dict[str, object]:
         """`/status` of the sealed daemon."""
-        sealed_at_start = self._state.is_marked or self._state.is_flagged or self._process.settings.sealed
+        sealed_at_start = self._state.is_marked or self._state.is_flagged or self._process.settings.flags.sealed
         return sealed_status(
             self._process,
             server=self.server,

@@ -54,7 +54,7 @@ class Unlocking:
     def __post_init__(self) -> None:
         source = self.process.settings.root
         self._service = source if isinstance(source, UnlockService) else None
-        seconds = self.process.settings.root_lease
+        seconds = self.process.settings.flags.root_lease
         self._lease = None if seconds is None else Lease(seconds)
         self._outcomes: Counter[Outcome] = Counter()
         self._granted_at = ""

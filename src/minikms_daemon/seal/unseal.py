@@ -166,7 +166,7 @@ class Unsealing:
             sealed=True,
             since=state.marker.at,
             by=state.marker.actor,
-            stays_sealed=state.is_marked or self.process.settings.sealed,
+            stays_sealed=state.is_marked or self.process.settings.flags.sealed,
             from_source=self.opener.source_is_readable,
             shares=self._shares_progress(),
             failed_attempts=len(attempts.failed()) + attempts.dropped,

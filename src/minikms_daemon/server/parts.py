@@ -115,14 +115,7 @@ class Parts:
             rewrite_root=_root_rewriter(settings, process.arena, workers),
             pin=settings.opening.pin,
         )
-        RootVerbs(
-            vault=self.vault,
-            table=table,
-            keks=self.keks,
-            removal=self.removal,
-            in_use_slot_id=data.slot.slot_id,
-            pin=settings.opening.pin,
-        )
+        RootVerbs(keks=self.keks, in_use_slot_id=data.slot.slot_id)
         replica.add_verbs(table, self)
         auditor.serve(table, vault=self.vault, log=data.log, reader=workers.lookup)
         self._page = StatusPage(
@@ -152,7 +145,7 @@ class Parts:
         self._standby = None if standby is None else leased(standby)
         self._serving = leased(replica.leased(self.app))
         self._lagging_app: LaggingApplication | None = None
-        if settings.refuse_when_unshipped is not None:
+        if settings.flags.refuse_when_unshipped is not None:
             from minikms_daemon.server.lagging import LaggingApplication  # in a daemon only if it may lag
 
             self._lagging_app = LaggingApplication(
@@ -160,7 +153,7 @@ class Parts:
                 admission=admission,
                 meters=policy.meters,
                 lag=lambda: auditor.lag,
-                lines_max=settings.refuse_when_unshipped,
+                lines_max=settings.flags.refuse_when_unshipped,
             )
             self._lagging = leased(replica.leased(self._lagging_app))
         self._server: HttpServer[Session] | None = None

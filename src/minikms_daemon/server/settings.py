@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import msgspec
 
@@ -35,7 +35,6 @@ from minikms.roots.providers import KeyFile, RootProvider
 from minikms.roots.sources import parse_source
 from minikms_daemon.audit.maintenance import KEEP_ALL, LogRetention
 
-LogFormat = Literal["json", "console"]
 MIB_BYTES: Final = 1024 * 1024
 UNKNOWN_BUILD: Final = Build("", "", "")
 DAY_SECONDS: Final = 24 * 3600
@@ -47,29 +46,18 @@ IF_RESTORED_UNDER_SERVER: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """`data_dir` is an absolute path. The daemon stops at the end of file of `parent_fd`. `sealed`: every start waits
-    for an unseal. `allowed_uids`: with a policy file None means the uids that it names; otherwise they narrow those.
-    `root_lease`: seconds for which a root key of the unlock service is used without another grant; None: for ever.
-    `refuse_when_unshipped`: no key is used while an auditor has left more durable lines of the audit log.
+    """The flags, and what was made of those that are texts. `flags.data_dir` is an absolute path. The daemon stops at
+    the end of file of `flags.parent_fd`. `allowed_uids`: with a policy file None means the uids that it names;
+    otherwise they narrow those.
     """
 
-    socket: str
-    data_dir: str
+    flags: Flags
     root: RootProvider
-    root_lease: int | None = None
     allowed_uids: frozenset[int] | None
     admin_uids: frozenset[int] = frozenset()
-    policy: Path | None = None
-    parent_fd: int | None = None
-    sealed: bool = False
     socket_mode: int = 0o600
-    socket_group: str | None = None
-    make_socket_dir: bool = False
-    require_hardening: bool = False
     opening: Options = DEFAULT_OPTIONS
     audit_keep: LogRetention = KEEP_ALL
-    refuse_when_unshipped: int | None = None
-    log_format: LogFormat = "console"
     build: Build = UNKNOWN_BUILD
 
 
@@ -80,19 +68,11 @@ def settings_of(words: Sequence[str]) -> Settings:
     except (IndexError, OSError, ValueError):
         raise StartError("the daemon is started by `minikms serve`") from None
     return Settings(
-        socket=flags.socket,
-        data_dir=flags.data_dir,
+        flags=flags,
         root=_root(flags),
-        root_lease=flags.root_lease,
         allowed_uids=parse_uids(flags.allowed_uids, source=ALLOWED_UIDS_VARIABLE) if flags.allowed_uids else None,
-        policy=Path(flags.policy) if flags.policy else None,
         admin_uids=parse_uids(flags.admin_uids, source=ADMIN_UIDS_VARIABLE) if flags.admin_uids else frozenset(),
-        parent_fd=flags.parent_fd,
-        sealed=flags.sealed,
         socket_mode=_mode(flags.socket_mode),
-        socket_group=flags.socket_group,
-        make_socket_dir=flags.make_socket_dir,
-        require_hardening=flags.require_hardening,
         opening=Options(
             accept_restore=flags.accept_restore,
             accept_audit_loss=flags.accept_audit_loss,
@@ -108,8 +88,6 @@ def settings_of(words: Sequence[str]) -> Settings:
             cache_keys_max=flags.cache_keys or CACHE_KEYS_MAX,
         ),
         audit_keep=LogRetention(bytes_max=flags.audit_keep_mib * MIB_BYTES, days_min=flags.audit_keep_days),
-        refuse_when_unshipped=flags.refuse_when_unshipped,
-        log_format=flags.log_format,
         build=Build(flags.version, flags.commit, ".".join(map(str, sys.version_info[:3]))),
     )
 

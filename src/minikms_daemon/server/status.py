@@ -143,7 +143,7 @@ class StatusPage:
 
     def _disk_free_bytes(self) -> int:
         """Bytes that this user may still write: the lesser of data directory and directory of the audit log."""
-        disks = map(os.statvfs, {self.process.settings.data_dir, self._log.directory})
+        disks = map(os.statvfs, {self.process.settings.flags.data_dir, self._log.directory})
         return min(disk.f_bavail * disk.f_frsize for disk in disks)
 
     def _root(self) -> dict[str, object]:

@@ -16,40 +16,34 @@ import msgspec
 from minikms import api
 from minikms.api.errors import ConflictError, DecryptionError, NotFoundError
 from minikms.audit import Event
-from minikms.custody.vault import Permit, Vault
+from minikms.custody.vault import Permit
 from minikms.keys import keyring, members, root_slots
 from minikms.keys.keyring import Body, Member
 from minikms.memory.arena import fill_random
 from minikms.platform.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339
-from minikms.roots.pin import PinFile
-from minikms_daemon.service.base import VerbTable, another_line
+from minikms_daemon.service.base import another_line
 from minikms_daemon.service.keks import KekVerbs
-from minikms_daemon.service.root_removal import RootRemoval
 from minikms_daemon.service.roots import check_another_was_tested
 
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class ReplicaVerbs:
-    """`pin` names the hosts that may be added."""
+    """What `keks` has of a run serves these verbs too; its pin file names the hosts that may be added."""
 
-    vault: Vault
-    table: VerbTable
     keks: KekVerbs
-    removal: RootRemoval
     seals: Callable[[], int]
-    pin: PinFile | None = None
 
     def __post_init__(self) -> None:
-        self._audit = self.table.audit
-        self.table.now(api.INVITE_REPLICA, self.invite)
-        self.table.later(api.ADD_REPLICA, self.add, durable=True)
-        self.table.later(api.REMOVE_REPLICA, self.remove, durable=True)
+        self._audit = self.keks.table.audit
+        self.keks.table.now(api.INVITE_REPLICA, self.invite)
+        self.keks.table.later(api.ADD_REPLICA, self.add, durable=True)
+        self.keks.table.later(api.REMOVE_REPLICA, self.remove, durable=True)
 
     def invite(self, request: api.Request, event: Event) -> api.ReplicaInvitation:
         """The invitation of a new host, for which nothing is kept."""
-        body = self.vault.keyring.body
+        body = self.keks.vault.keyring.body
         slot_id = root_slots.next_slot_id(body)
-        public_key = self.vault.unlocked.invitation_key()
+        public_key = self.keks.vault.unlocked.invitation_key()
         return api.ReplicaInvitation(
             members.INVITATION_FORMAT,
             body.keyring_id,
@@ -62,11 +56,11 @@ class ReplicaVerbs:
     async def add(self, request: api.AddReplicaRequest, event: Event, permit: Permit) -> api.ReplicaAnswer:
         """Adds a host, from the request that it has made."""
         new = members.newcomer(request)
-        if new.keyring_id != self.vault.keyring.body.keyring_id:
+        if new.keyring_id != self.keks.vault.keyring.body.keyring_id:
             raise ConflictError("the request is for another keyring: make an invitation here, and join with it")
-        if self.pin is not None:
-            self.pin.check_host(new.fingerprint, new.digest)
-        unlocked = self.vault.unlocked
+        if self.keks.pin is not None:
+            self.keks.pin.check_host(new.fingerprint, new.digest)
+        unlocked = self.keks.vault.unlocked
         answer = api.ReplicaAnswer(request.member_id, request.name, new.slot_id, new.fingerprint)
         await self._begin(event, answer)
 
@@ -84,15 +78,15 @@ class ReplicaVerbs:
             member = Member(request.member_id, request.name, new.slot_id, at, body.key_version, audit)
             return keyring.next_epoch(body, at=at, slots=(*body.slots, slot), members=(*body.members, member))
 
-        event.facts["epoch"] = (await self.vault.keyring.change(add)).epoch
+        event.facts["epoch"] = (await self.keks.vault.keyring.change(add)).epoch
         return answer
 
     async def remove(self, request: api.MemberRequest, event: Event, permit: Permit) -> api.ReplicaAnswer:
         """Removes a host and the root key that it joined with."""
         member_id = request.member_id
-        if member_id == self.vault.unlocked.member_id:
+        if member_id == self.keks.vault.unlocked.member_id:
             raise ConflictError("the host that serves can't be removed: run `minikms replica promote` on another first")
-        answer = self._removed(self.vault.keyring.body, member_id)
+        answer = self._removed(self.keks.vault.keyring.body, member_id)
 
         def chosen(body: Body) -> tuple[str, ...]:
             nonlocal answer
@@ -100,7 +94,7 @@ class ReplicaVerbs:
             answer = self._removed(body, member_id)
             if not answer.fingerprint:
                 return ()
-            slot_id, at_ns, audit = answer.slot_id, now_ns(), self.vault.unlocked.audit
+            slot_id, at_ns, audit = answer.slot_id, now_ns(), self.keks.vault.unlocked.audit
             root_slots.check_removes(body, (slot_id,), audit)
             root_slots.check_pace(audit, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
             check_another_was_tested(body, slot_id)
@@ -110,15 +104,15 @@ class ReplicaVerbs:
             permit()
             return keyring.next_epoch(body.without_member(member_id), at=now_rfc3339())
 
-        chosen(self.vault.keyring.body)
+        chosen(self.keks.vault.keyring.body)
         await self._begin(event, answer)
         try:
-            await self.removal.remove(chosen, member_id=member_id)
+            await self.keks.removal.remove(chosen, member_id=member_id)
             if not answer.fingerprint:
-                await self.vault.keyring.change(without)
+                await self.keks.vault.keyring.change(without)
         finally:
             self.keks.ensure_running()  # after an error too: the slot may be gone
-        event.facts["epoch"] = self.vault.keyring.body.epoch
+        event.facts["epoch"] = self.keks.vault.keyring.body.epoch
         return answer
 
     async def _begin(self, event: Event, host: api.ReplicaAnswer) -> None:

@@ -20,15 +20,13 @@ from minikms.api.errors import DecryptionError, InvalidRequestError, NotFoundErr
 from minikms.audit import Event
 from minikms.crypto import roots
 from minikms.crypto.shares import SHARES_COUNT_MAX, THRESHOLD_MIN
-from minikms.custody.vault import Permit, Vault
+from minikms.custody.vault import Permit
 from minikms.keys import keyring, root_slots
 from minikms.keys.keyring import Body, RevokingRoot, RootSlot, ShareSet
 from minikms.memory.arena import SecretSlot
 from minikms.platform.clock import HOUR_NS, now_ns, now_rfc3339, rfc3339
-from minikms.roots.pin import PinFile
-from minikms_daemon.service.base import VerbTable, another_line
+from minikms_daemon.service.base import another_line
 from minikms_daemon.service.keks import KekVerbs, RotateToRoot
-from minikms_daemon.service.root_removal import RootRemoval
 
 _DIGEST_CHARS: Final = 44
 """The length of 32 bytes in base64."""
@@ -61,25 +59,21 @@ WITH_ROOT: Final[dict[api.Verb[Any, Any], type[api.Request]]] = {
 
 @dataclass(eq=False, repr=False, kw_only=True)
 class RootVerbs:
-    """`in_use_slot_id`: the slot under which this run was started. `pin` names the root keys that may be added."""
+    """`in_use_slot_id`: the slot under which this run was started. What `keks` has of a run serves these verbs too."""
 
-    vault: Vault
-    table: VerbTable
     keks: KekVerbs
-    removal: RootRemoval
     in_use_slot_id: str
-    pin: PinFile | None = None
 
     def __post_init__(self) -> None:
-        self._audit = self.table.audit
-        self.table.now(api.LIST_ROOTS, self.list_roots)
-        self.table.later(api.ADD_ROOT, self.add_root, durable=True)
-        self.table.later(api.TEST_ROOT, self.test_root, durable=True)
-        self.table.later(api.REMOVE_ROOT, self.remove_root, durable=True)
+        self._audit = self.keks.table.audit
+        self.keks.table.now(api.LIST_ROOTS, self.list_roots)
+        self.keks.table.later(api.ADD_ROOT, self.add_root, durable=True)
+        self.keks.table.later(api.TEST_ROOT, self.test_root, durable=True)
+        self.keks.table.later(api.REMOVE_ROOT, self.remove_root, durable=True)
 
     def list_roots(self, request: api.Request, event: Event) -> api.RootListAnswer:
         """The root keys that open the keyring, then the removed ones whose revocation has not ended."""
-        body = self.vault.keyring.body
+        body = self.keks.vault.keyring.body
         return api.RootListAnswer([*map(self._describe, body.slots), *map(self._describe_revoking, body.revoking)])
 
     async def add_root(self, request: api.AddRootRequest, event: Event, permit: Permit) -> api.RootAnswer:
@@ -88,9 +82,9 @@ class RootVerbs:
         if keyring.PROVIDER.fullmatch(request.provider) is None:
             raise InvalidRequestError("provider is 1 to 32 characters of a-z, 0-9 and -")
         shares = _share_set(request.shares)
-        if self.pin is not None:
-            self.pin.check_new(root.view)
-        unlocked = self.vault.unlocked
+        if self.keks.pin is not None:
+            self.keks.pin.check_new(root.view)
+        unlocked = self.keks.vault.unlocked
         await self._audit.add_written(another_line(event, "begun"), durable=True)
 
         def add(body: Body) -> Body:
@@ -100,14 +94,14 @@ class RootVerbs:
             slot = unlocked.make_slot(root.view, request.provider, slot_id=slot_id, at=at, shares=shares)
             return root_slots.add_slot(body, slot, at=at)
 
-        body = await self.vault.keyring.change(add)
+        body = await self.keks.vault.keyring.change(add)
         return self._answer(body.slots[-1], event)
 
     async def test_root(self, request: api.RootTestRequest, event: Event, permit: Permit) -> api.RootAnswer:
         """Proves that the root key opens the slot, and writes when."""
         root = _root_of(request)
         slot_id = "" if request.slot_id is UNSET else request.slot_id
-        unlocked = self.vault.unlocked
+        unlocked = self.keks.vault.unlocked
 
         def mark(body: Body) -> Body:
             permit()
@@ -119,7 +113,7 @@ class RootVerbs:
             at = now_rfc3339()
             return keyring.next_epoch(root_slots.mark_tested(body, slot_id, at=at), at=at)
 
-        body = await self.vault.keyring.change(mark)
+        body = await self.keks.vault.keyring.change(mark)
         return self._answer(_slot(body, slot_id), event)
 
     async def remove_root(self, request: api.SlotRequest, event: Event, permit: Permit) -> api.RootAnswer:
@@ -130,16 +124,16 @@ class RootVerbs:
             def chosen(body: Body) -> tuple[str]:
                 permit()
                 _slot(body, slot_id)
-                at_ns, audit = now_ns(), self.vault.unlocked.audit
+                at_ns, audit = now_ns(), self.keks.vault.unlocked.audit
                 root_slots.check_removes(body, (slot_id,), audit)
                 root_slots.check_pace(audit, now=rfc3339(at_ns), hour_ago=rfc3339(at_ns - HOUR_NS))
                 check_another_was_tested(body, slot_id)
                 return (slot_id,)
 
-            chosen(self.vault.keyring.body)
+            chosen(self.keks.vault.keyring.body)
             await self._audit.add_written(another_line(event, "begun"), durable=True)
             try:
-                await self.removal.remove(chosen)
+                await self.keks.removal.remove(chosen)
             finally:
                 self.keks.ensure_running()  # after an error too: the slot may be gone
         slot = self._revoking(slot_id)
@@ -149,18 +143,18 @@ class RootVerbs:
         return self._describe_revoking(slot)
 
     def _revoking(self, slot_id: str) -> RevokingRoot | None:
-        return next((root for root in self.vault.keyring.body.revoking if root.slot_id == slot_id), None)
+        return next((root for root in self.keks.vault.keyring.body.revoking if root.slot_id == slot_id), None)
 
     def _answer(self, slot: RootSlot, event: Event) -> api.RootAnswer:
         event.facts = self._facts(slot)
         return self._describe(slot)
 
     def _facts(self, slot: RootSlot | RevokingRoot) -> dict[str, str | int]:
-        epoch = self.vault.keyring.body.epoch
+        epoch = self.keks.vault.keyring.body.epoch
         return {"epoch": epoch, "slot_id": slot.slot_id, "fingerprint": slot.fingerprint, "provider": slot.provider}
 
     def _describe(self, slot: RootSlot) -> api.RootAnswer:
-        shares, unlocked = slot.shares, self.vault.unlocked
+        shares, unlocked, pin = slot.shares, self.keks.vault.unlocked, self.keks.pin
         others = unlocked.body.slots_of_others(unlocked.member_id)
         return api.RootAnswer(
             slot_id=slot.slot_id,
@@ -172,7 +166,7 @@ class RootVerbs:
             tested_at=slot.tested_at,
             replaces=slot.replaces,
             shares=None if shares is None else api.RootShares(shares.set_id, shares.threshold, shares.count),
-            pinned=None if self.pin is None or slot.slot_id in others else slot.fingerprint in self.pin.pinned(),
+            pinned=None if pin is None or slot.slot_id in others else slot.fingerprint in pin.pinned(),
         )
 
     def _describe_revoking(self, root: RevokingRoot) -> api.RootAnswer:

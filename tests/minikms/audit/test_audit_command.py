@@ -25,7 +25,7 @@ from minikms.cli.console import DataFiles, RootKey
 from minikms.client import DecryptItem, ReencryptItem
 from minikms.crypto.aead import NonceSource
 from minikms.custody.keyring_file import KeyringFile
-from minikms.datadir import open_audit_log, open_for_reading, open_keyring
+from minikms.datadir import audit_keys, open_for_reading, open_keyring
 from minikms.memory.arena import SecretArena
 from minikms.offline import rotate_audit_key
 from minikms.platform.directory_lock import DataDirLock
@@ -46,9 +46,7 @@ def make_data_dir(directory: Path, *, hash_thread_ids: bool = False) -> None:
         file = KeyringFile(lock.directory_fd, executor)
         root = DevelopmentKey(str(directory))
         unlocked, *_ = open_keyring(str(directory), file, root, arena=arena, nonces=NonceSource())
-        log = open_audit_log(
-            str(directory), unlocked, expected=ExpectedLog(), hash_thread_ids=hash_thread_ids, now_ns=lambda: START_NS
-        )
+        log = AuditLog(directory, audit_keys(unlocked), hash_thread_ids=hash_thread_ids, now_ns=lambda: START_NS)
         log.add(Event(type="create_dek", actor="peer_uid:1000", pid=9, key_id="k_a", thread_id="t1", request_id="r1"))
         log.add(Event(type="encrypt_batch", actor="peer_uid:1000", count=2, key_ids=["k_a"], request_ids=["x", "y"]))
         log.add(Event(type="rotate_kek", actor="peer_uid:1001", outcome="forbidden"))
@@ -265,7 +263,7 @@ def test_new_lines_are_followed_until_interrupted(data_dir: Path) -> None:
 def make_more(directory: Path) -> None:
     """One more line, as a daemon would write it."""
     with open_for_reading(str(directory), DevelopmentKey(str(directory))) as unlocked:
-        log = open_audit_log(str(directory), unlocked, expected=ExpectedLog(), now_ns=lambda: START_NS)
+        log = AuditLog(str(directory), audit_keys(unlocked), expected=ExpectedLog(), now_ns=lambda: START_NS)
         log.add(Event(type="decrypt", actor="peer_uid:1000"))
         log.commit()
 

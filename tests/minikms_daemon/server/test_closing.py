@@ -27,6 +27,7 @@ from minikms_daemon.server.policy_in_force import PolicyInForce
 from minikms_daemon.server.run_context import RunContext, Workers
 from minikms_daemon.server.settings import Settings
 from minikms_daemon.service.no_auditor import NoAuditor
+from tests.harness.flags import flags_of
 from tests.harness.vaults import key_file
 
 
@@ -37,13 +38,12 @@ async def _no_seal(who: Principal) -> bytes:
 @contextlib.contextmanager
 def opened(base: Path, workers: Workers, *, policy: Policy | None = None) -> Iterator[tuple[Parts, SecretArena]]:
     settings = Settings(
-        socket="unused",
-        data_dir=str(base / "d"),
+        flags=flags_of(base / "d"),
         root=KeyFile(key_file(base / "d")),
         allowed_uids=frozenset({os.geteuid()}),
     )
     policy = policy or Policy(settings.allowed_uids or ())
-    with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
+    with datadir.lock_data_dir(settings.flags.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
         in_force = PolicyInForce(policy)
         process = SimpleNamespace(settings=settings, workers=workers, arena=arena, measures=(), policy=in_force)
         yield (

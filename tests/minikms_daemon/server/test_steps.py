@@ -19,9 +19,11 @@ from minikms.processes.running import Run
 from minikms.roots.providers import KeyFile
 from minikms_daemon.seal import seal
 from minikms_daemon.seal.seal import SealableServer
-from minikms_daemon.serve import ChosenPolicy, Daemon, end_steps_with
+from minikms_daemon.serve import Daemon, end_steps_with
 from minikms_daemon.server.policy_in_force import PolicyInForce
+from minikms_daemon.server.run_context import RunContext, Workers
 from minikms_daemon.server.settings import Settings
+from tests.harness.flags import flags_of
 
 
 class Steps:
@@ -108,22 +110,25 @@ def test_the_start_of_a_daemon_is_a_task_whose_steps_end(tmp_path: Path, monkeyp
     """Of a daemon whose root key is missing."""
     ended: list[str] = []
     monkeypatch.setattr(SealableServer, "end_steps", lambda _: ended.append("end"))
-    settings = Settings(
-        socket="unused", data_dir=str(tmp_path / "d"), root=KeyFile(tmp_path / "missing"), allowed_uids=None
-    )
-    with datadir.lock_data_dir(settings.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
-        daemon = Daemon(
+    settings = Settings(flags=flags_of(tmp_path / "d"), root=KeyFile(tmp_path / "missing"), allowed_uids=None)
+    run, workers = Run(cast("Any", None), Notifier({}), Log()), Workers.start()
+    with datadir.lock_data_dir(settings.flags.data_dir) as lock, SecretArena(64, force_fallback=True) as arena:
+        process = RunContext(
             settings=settings,
-            policy=ChosenPolicy(lambda **_: PolicyInForce(Policy(())), []),
+            policy=PolicyInForce(Policy(())),
             lock=lock,
-            listener=cast("Any", None),  # used after the start
             arena=arena,
             measures=(),
             connections_max=1,
-            run=Run(cast("Any", None), Notifier({}), Log()),
+            workers=workers,
+            notifier=run.notifier,
+            log=run.log,
+            on_internal_error=run.internal_error,
         )
+        daemon = Daemon(process, cast("Any", None), run)  # the listener is used after the start
         with pytest.raises(StartError, match="missing"):
             uvloop.run(daemon.serve())
+        workers.shutdown()
     assert ended
 
 

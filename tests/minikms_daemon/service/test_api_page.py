@@ -75,7 +75,7 @@ def served(one: OpenedVault) -> VerbTable:
     KeyVerbs(one.vault, table, one.indexing)
     LifecycleVerbs(vault=one.vault, table=table, indexing=one.indexing, reader=one.reader)
     keks = one.kek_verbs(table)
-    RootVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id=one.slot.slot_id)
+    RootVerbs(keks=keks, in_use_slot_id=one.slot.slot_id)
     table.now(api.STATUS, lambda request, event: b"{}")
     table.now(api.METRICS, lambda request, event: "")
     table.now(api.RELOAD_POLICY, lambda request, event: b"{}")

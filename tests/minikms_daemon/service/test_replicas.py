@@ -62,12 +62,9 @@ class Serving:
         self.audit = KeptAudit()
         table = VerbTable(self.audit)
         self.keks = keks = one.kek_verbs(table)
-        self.roots = RootVerbs(
-            vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id="s1", pin=pin
-        )
-        self.verbs = ReplicaVerbs(
-            vault=one.vault, table=table, keks=keks, removal=one.removal, seals=lambda: 3, pin=pin
-        )
+        keks.pin = pin
+        self.roots = RootVerbs(keks=keks, in_use_slot_id="s1")
+        self.verbs = ReplicaVerbs(keks=keks, seals=lambda: 3)
 
     @property
     def body(self) -> Body:

@@ -256,7 +256,7 @@ async def test_a_root_is_removed_only_if_another_was_tested_recently(
         table = VerbTable(SilentAudit())
         keks = one.kek_verbs(table)
         slot_id = one.slot.slot_id
-        verbs = RootVerbs(vault=one.vault, table=table, keks=keks, removal=one.removal, in_use_slot_id=slot_id)
+        verbs = RootVerbs(keks=keks, in_use_slot_id=slot_id)
         event = Event(type="t", actor="t")
         spare = one.slot_of(bytes.fromhex(SPARE))
         added = await verbs.add_root(AddGivenRoot("file", "", root=spare), event, permitted)

@@ -10,12 +10,12 @@ import msgspec
 import pytest
 
 from minikms.api.errors import StandbyError, StartError, StorageUncertainError
-from minikms.audit import Event, ExpectedLog
+from minikms.audit import AuditLog, Event, ExpectedLog
 from minikms.audit.queries import verify_directory
 from minikms.crypto.aead import NonceSource
 from minikms.custody.keyring_file import KeyringFile, StoredKeyring
 from minikms.custody.replica_file import Mark
-from minikms.datadir import audit_keys, open_audit_log
+from minikms.datadir import audit_keys
 from minikms.keys import keyring
 from minikms.keys.keyring import AuditState, Member
 from minikms.keys.unlocked import UnlockedKeyring
@@ -122,12 +122,12 @@ async def test_a_start_leaves_out_an_audit_key_that_never_came_to_the_log(
         with SecretArena(64, force_fallback=True) as arena:
             unlocked, _ = UnlockedKeyring.open(arena, root, data, nonces=NonceSource().next, member_id="m1")
             assert versions(unlocked.audit) == [1, 2]
-            log = open_audit_log(str(tmp_path / "copy"), unlocked, expected=ExpectedLog(True))
+            log = AuditLog(str(tmp_path / "copy"), audit_keys(unlocked), expected=ExpectedLog(True))
             assert log.writer.key.version == 1
             log.close()
             unlocked.body = keyring.confirmed(unlocked.body, "m1")
             with pytest.raises(StartError, match="under audit key version 1, but version 2 was introduced"):
-                open_audit_log(str(tmp_path / "copy"), unlocked, expected=ExpectedLog(True))
+                AuditLog(str(tmp_path / "copy"), audit_keys(unlocked), expected=ExpectedLog(True))
             unlocked.release()
 
 
