@@ -17,13 +17,13 @@ from minikms.api.errors import StandbyError
 from minikms.http import HttpRequest, Response, raised_response
 from minikms.policy.principal import Principal, require
 from minikms_daemon.server import strictjson
-from minikms_daemon.server.admission import Admission, Session
+from minikms_daemon.server.admission import Session
 from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.server.lagging import RefusingApplication
 from minikms_daemon.service.encoding import Reply, json_answer
 
 if TYPE_CHECKING:
-    from minikms.policy.meters import Meters
+    pass
 
 Act = Callable[[Principal, HttpRequest], Reply | Awaitable[Reply]]
 
@@ -33,10 +33,8 @@ class StandbyApplication(RefusingApplication):
     change of the keyring, which waits until this host serves.
     """
 
-    def __init__(
-        self, app: KeyApplication, *, admission: Admission, meters: Meters | None, attended: Callable[[], bool]
-    ) -> None:
-        super().__init__(app, admission=admission, meters=meters)
+    def __init__(self, app: KeyApplication, attended: Callable[[], bool]) -> None:
+        super().__init__(app)
         self._attended = attended
 
     def _serves(self, request: HttpRequest) -> bool:

@@ -46,7 +46,7 @@ from minikms.platform.clock import boot_ns
 from minikms.platform.logs import Log
 from minikms_daemon.replica.application import Act, StandbyApplication, sealed_acts
 from minikms_daemon.replica.state import MemberState, Move, Seals
-from minikms_daemon.server.admission import Admission, Session
+from minikms_daemon.server.admission import Session
 from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.server.lease import SECOND_NS, Lease, LeasedApplication
 from minikms_daemon.server.no_member import NoMember
@@ -57,7 +57,6 @@ from minikms_daemon.service.replicas import ReplicaVerbs
 if TYPE_CHECKING:
     from minikms.custody.member import MemberDirectory
     from minikms.custody.replica_file import Mark
-    from minikms.policy.meters import Meters
     from minikms_daemon.server.parts import Parts
     from minikms_daemon.server.run_context import RunContext
 
@@ -139,8 +138,8 @@ class ReplicaMember(NoMember):
     def leased(self, app: Application[Session]) -> Application[Session]:
         return LeasedApplication(app, lease=self.lease, ended=self.lapse)
 
-    def standby(self, app: KeyApplication, admission: Admission, meters: Meters | None) -> Application[Session]:
-        return StandbyApplication(app, admission=admission, meters=meters, attended=self._attended)
+    def standby(self, app: KeyApplication) -> Application[Session]:
+        return StandbyApplication(app, self._attended)
 
     def _attended(self) -> bool:
         return self._parts is not None and bool(self._parts.vault.unlocked.audit.audit_origin)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from msgspec import UNSET
@@ -25,14 +26,14 @@ from minikms.policy.principal import Principal, require
 from minikms.seal_files import SEALED_TEXT
 from minikms_daemon.seal.unseal import Unsealing
 from minikms_daemon.server import strictjson
-from minikms_daemon.server.admission import Admission, AdmittingApplication, Session, require_short_body
+from minikms_daemon.server.admission import AdmittingApplication, Session, require_short_body
 from minikms_daemon.server.application import Seal
 from minikms_daemon.server.keybody import SecretText, take_key, take_text
 from minikms_daemon.server.status import reduced, without_policy_error
 from minikms_daemon.service.encoding import Reply, json_answer
 
 if TYPE_CHECKING:
-    from minikms.policy.meters import Meters
+    pass
 
 _decode_unseal: Final = Decoder(api.UnsealRequest)
 _decode_report: Final = Decoder(api.ReportAuditPositionRequest)
@@ -45,61 +46,51 @@ def sealed_response(why: str = SEALED_TEXT) -> Response:
     return raised_response(SealedError(why))
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class SealedApplication(AdmittingApplication):
     """The engine's application while the daemon is sealed: see `minikms.http`. `why`: as a sentence, with the error of
     the unlock service or (False) without it. `more`: what a member answers, by path and method.
     """
 
-    def __init__(
-        self,
-        *,
-        admission: Admission,
-        meters: Meters | None,
-        arena: SecretArena,
-        unsealing: Unsealing,
-        seal: Seal,
-        why: Callable[[bool], str],
-        status: Callable[[], dict[str, object]],
-        report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]],
-        more: Mapping[str, dict[str, Callable[[Principal, HttpRequest], Answer]]],
-    ) -> None:
-        super().__init__(admission, meters)
-        self._arena = arena
-        self._unsealing = unsealing
-        self._seal_again = seal
-        self._why = why
-        self._page = status
-        self._report = report_audit_position
-        self._acts: Final[dict[str, dict[str, Callable[[Principal, HttpRequest], Answer]]]] = {
+    arena: SecretArena
+    unsealing: Unsealing
+    seal: Seal
+    why: Callable[[bool], str]
+    status: Callable[[], dict[str, object]]
+    report_audit_position: Callable[[api.ReportAuditPositionRequest], Awaitable[Reply]]
+    more: Mapping[str, dict[str, Callable[[Principal, HttpRequest], Answer]]]
+
+    def __post_init__(self) -> None:
+        self._acts: dict[str, dict[str, Callable[[Principal, HttpRequest], Answer]]] = {
             api.STATUS.path: {"GET": self._status},
             api.SEAL.path: {"POST": self._seal},
             api.UNSEAL.path: {"GET": self._unseal_status, "POST": self._unseal},
             api.REPORT_AUDIT_POSITION.path: {"POST": self._report_audit_position},
-            **more,
+            **self.more,
         }
 
     # --- the engine's side -------------------------------------------------------------------------------------------
 
     def handle(self, session: Session, request: HttpRequest) -> Answer:
         head = request.head
-        who = self._admission.caller(session, head, lambda: sealed_response(self._why(True)))
+        who = self.admission.caller(session, head, lambda: sealed_response(self.why(True)))
         if isinstance(who, Response):
             return who
         act = self._acts.get(head.path, {}).get(head.method)
-        return sealed_response(self._why(not who.via)) if act is None else act(who, request)
+        return sealed_response(self.why(not who.via)) if act is None else act(who, request)
 
     def commit(self) -> bool:
         """There are no lines to write."""
         scrub()
-        if self._meters is not None:
-            self._meters.end_turn()
+        if self.meters is not None:
+            self.meters.end_turn()
         return True
 
     # --- the calls that are served -----------------------------------------------------------------------------------
 
     def _status(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.STATUS)
-        status = self._page()
+        status = self.status()
         if who.via:
             status = reduced(status)
         elif who.scope is not None and who.scope.everywhere("monitor") is None:
@@ -108,24 +99,24 @@ class SealedApplication(AdmittingApplication):
 
     def _unseal_status(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.UNSEAL_STATUS)
-        return json_answer(self._unsealing.status())
+        return json_answer(self.unsealing.status())
 
     def _seal(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.SEAL)
-        return self._seal_again(who)
+        return self.seal(who)
 
     def _report_audit_position(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.REPORT_AUDIT_POSITION)
-        return self._report(strictjson.decode(_decode_report, request.body))
+        return self.report_audit_position(strictjson.decode(_decode_report, request.body))
 
     def _unseal(self, who: Principal, request: HttpRequest) -> Answer:
         require(who, api.UNSEAL)
         require_short_body(request)
         with contextlib.ExitStack() as undo:
-            root = take_key(request.body, self._arena, "root_hex", last=False)
+            root = take_key(request.body, self.arena, "root_hex", last=False)
             if root is not None:
                 undo.callback(root.release)
-            share = take_text(request.body, self._arena, "share", api.SHARE_BYTES_MAX)
+            share = take_text(request.body, self.arena, "share", api.SHARE_BYTES_MAX)
             if share is not None:
                 undo.callback(share.release)
             _check_one(strictjson.decode(_decode_unseal, request.body))
@@ -134,7 +125,7 @@ class SealedApplication(AdmittingApplication):
 
     async def _unseal_and_release(self, who: Principal, secret: SecretSlot | SecretText | None) -> Reply:
         try:
-            return await self._unsealing.unseal(who, secret)
+            return await self.unsealing.unseal(who, secret)
         finally:
             if secret is not None:
                 secret.release()

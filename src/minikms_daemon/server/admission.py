@@ -18,6 +18,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from minikms import api
@@ -254,31 +255,31 @@ def require_short_body(request: HttpRequest) -> None:
         raise TooLargeError(ROOT_BODY_TEXT)
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class AdmittingApplication:
     """What both applications of the daemon, the unsealed and the sealed one, have of `minikms.http.Application`.
 
     `meters`: those of the policy file. The last requests before a seal are answered by the sealed application.
     """
 
-    def __init__(self, admission: Admission, meters: Meters | None) -> None:
-        self._admission = admission
-        self._meters = meters
+    admission: Admission
+    meters: Meters | None
 
     def open_session(self, sock: socket.socket, tls: ssl.SSLObject | None, link: Link) -> Session | GroupFull | None:
-        return self._admission.open_session(sock)
+        return self.admission.open_session(sock)
 
     def group(self, session: Session) -> int:
         """The uid: those of one user share the bounds of incomplete requests and of unread answers."""
         return session.peer.uid
 
     def may_stay(self, session: Session) -> bool:
-        return self._admission.may_stay(session)
+        return self.admission.may_stay(session)
 
     def close_session(self, session: Session) -> None:
-        self._admission.close_session(session)
+        self.admission.close_session(session)
 
     def admit(self, session: Session, head: ParsedHead) -> Response | None:
-        return self._admission.admit(session, head)
+        return self.admission.admit(session, head)
 
     def refused(self, session: Session | None, status: int, code: str) -> None:
         """Input that is not a request reaches no verb. The engine counts it; it is not audited."""

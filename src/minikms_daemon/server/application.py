@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
@@ -29,7 +30,6 @@ from minikms_daemon.audit.turns import TurnAudit
 from minikms_daemon.server import metrics, strictmsgpack
 from minikms_daemon.server.admission import (
     HEALTHY,
-    Admission,
     AdmittingApplication,
     Session,
     is_request,
@@ -44,7 +44,6 @@ from minikms_daemon.service.encoding import Reply, json_answer
 from minikms_daemon.service.roots import WITH_ROOT
 
 if TYPE_CHECKING:
-    from minikms.policy.meters import Meters
     from minikms_daemon.service.access import Keys
 
 READY: Final = Response(200, b"ready", content_type="text/plain")
@@ -73,40 +72,32 @@ class _Route(msgspec.Struct, frozen=True):
     perform: Perform[Any]
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class KeyApplication(AdmittingApplication):
     """The engine's application: see `minikms.http`.
 
     `status` makes the object that `/status` answers. `seal` carries out `/seal`, `reload` reads the policy file again.
     """
 
-    def __init__(
-        self,
-        *,
-        table: VerbTable,
-        status: Callable[[], dict[str, object]],
-        admission: Admission,
-        meters: Meters | None,
-        audit: TurnAudit,
-        vault: Vault,
-        seal: Seal,
-        reload: Callable[[Event, Permit], Awaitable[api.PolicyAnswer]],
-    ) -> None:
-        self._table = table
-        super().__init__(admission, meters)
-        self._audit = audit
-        self._vault = vault
-        self._seal = seal
+    table: VerbTable
+    status: Callable[[], dict[str, object]]
+    audit: TurnAudit
+    vault: Vault
+    seal: Seal
+    reload: Callable[[Event, Permit], Awaitable[api.PolicyAnswer]]
+
+    def __post_init__(self) -> None:
         self._times = VerbTimes(verb.name for verb in api.VERBS)
         self._asked = self._times.asked
         self._held_under: int | None = None
         """The generation of the policy when the turn was first held; None while it is not."""
         self._batches = {verb.name: WeightedHistogram(metrics.BATCH_SIZES) for verb in api.VERBS if verb.is_batch}
-        table.now_on_keys(api.STATUS, vault, lambda keys, request, event: self._status(status(), keys))
-        table.now(api.METRICS, lambda request, event: self._metrics(status()))
-        table.later(api.RELOAD_POLICY, lambda request, event, permit: reload(event, permit), durable=True)
-        table.hot(api.SEAL, self._seal_at_once)
-        table.now(api.UNSEAL_STATUS, lambda request, event: api.UnsealStatusAnswer(sealed=False))
-        table.now(api.UNSEAL, self._refuse_unseal)
+        self.table.now_on_keys(api.STATUS, self.vault, lambda keys, request, event: self._status(self.status(), keys))
+        self.table.now(api.METRICS, lambda request, event: self._metrics(self.status()))
+        self.table.later(api.RELOAD_POLICY, lambda request, event, permit: self.reload(event, permit), durable=True)
+        self.table.hot(api.SEAL, self._seal_at_once)
+        self.table.now(api.UNSEAL_STATUS, lambda request, event: api.UnsealStatusAnswer(sealed=False))
+        self.table.now(api.UNSEAL, self._refuse_unseal)
         self._routes = Routes((verb.method, verb.path, self._route(verb)) for verb in api.VERBS)
 
     # --- the engine's side -------------------------------------------------------------------------------------------
@@ -116,12 +107,12 @@ class KeyApplication(AdmittingApplication):
         head = request.head
         route = self._routes[head.path].get(head.method)
         if who is None or head.principal is not None or who.scope is not None:
-            caller = self._admission.caller(session, head, self._ready)
+            caller = self.admission.caller(session, head, self._ready)
             if isinstance(caller, Response):
                 return caller
             who = caller
             if who.scope is not None:
-                who = self._table.entered(who, None if route is None else route.verb)
+                who = self.table.entered(who, None if route is None else route.verb)
         if route is None:
             return self._no_verb(who, head)
         self._asked(route.name)
@@ -130,7 +121,7 @@ class KeyApplication(AdmittingApplication):
         try:
             body = decode(read, request.body) if isinstance(read, Decoder) else read(who, request)
         except Exception as error:
-            self._table.malformed(route.verb, who, error, request_id)
+            self.table.malformed(route.verb, who, error, request_id)
             raise
         answer = route.perform(who, body, request_id)
         if type(answer) is bytes:  # of most requests
@@ -138,39 +129,39 @@ class KeyApplication(AdmittingApplication):
         if isinstance(answer, (bytes, Response)):
             return answer
         answer = self._times.later(answer)
-        return answer if who.entered is None or self._meters is None else self._meters.later(who.entered, answer)
+        return answer if who.entered is None or self.meters is None else self.meters.later(who.entered, answer)
 
     def commit(self) -> bool | None:
         """Ends the turn: drops its ciphers, writes its audit lines, and counts its requests no longer as concurrent.
         None: it is not over, see `TurnAudit`. If the policy has changed since, its answers are withheld: their callers
         may no longer read the plaintext in them.
         """
-        self._vault.record_keys.end_turn()
-        committed = self._audit.commit_turn()
+        self.vault.record_keys.end_turn()
+        committed = self.audit.commit_turn()
         if committed is None:
             if self._held_under is None:
-                self._held_under = self._admission.generation
+                self._held_under = self.admission.generation
             return None
         if self._held_under is not None:
-            committed = committed and self._held_under == self._admission.generation
+            committed = committed and self._held_under == self.admission.generation
             self._held_under = None
         self._times.end_turn()
-        if self._meters is not None:
-            self._meters.end_turn()
+        if self.meters is not None:
+            self.meters.end_turn()
         return committed
 
     async def flush_refusals_every(self, seconds: float) -> None:
         """Runs until cancelled: writes the lines that stand for the refusals of the past second."""
         while True:
             await asyncio.sleep(seconds)
-            for event in self._admission.refusals_due():
-                self._audit.add(event)
-            self._audit.write_queued()
+            for event in self.admission.refusals_due():
+                self.audit.add(event)
+            self.audit.write_queued()
 
     # --- probes, seal and unseal -------------------------------------------------------------------------------------
 
     def _ready(self) -> Response:
-        self._audit.require_writable()
+        self.audit.require_writable()
         return READY
 
     def _no_verb(self, who: Principal, head: ParsedHead) -> Response:
@@ -187,16 +178,16 @@ class KeyApplication(AdmittingApplication):
         """Queues the audit line of a refused request that names no verb."""
         event = request_event(TYPE_REFUSED, who, head.request_id or "")
         event.count, event.outcome = 1, outcome
-        self._audit.add(event)
+        self.audit.add(event)
 
     def _seal_at_once(self, who: Principal, request: api.Request, request_id: str) -> Awaitable[Reply]:
         """Not audited here: the audit key is zeroed too. The next unseal writes the line."""
         try:
             require(who, api.SEAL)
         except ForbiddenError as error:
-            self._table.malformed(api.SEAL, who, error, request_id)
+            self.table.malformed(api.SEAL, who, error, request_id)
             raise
-        return self._seal(who)
+        return self.seal(who)
 
     def _refuse_unseal(self, request: api.Request, event: Event) -> api.UnsealStatusAnswer:
         raise NotSealedError("the key service is not sealed; the given key was not looked at")
@@ -206,7 +197,7 @@ class KeyApplication(AdmittingApplication):
     def _route(self, verb: Verb[Any, Any]) -> _Route:
         if verb in (api.SEAL, api.UNSEAL):
             # Whatever their body is: nothing may hold up a seal, and the key in the body of an unseal is not looked at.
-            return _Route(verb, verb.method, verb.name, lambda who, request: verb.request(), self._table[verb])
+            return _Route(verb, verb.method, verb.name, lambda who, request: verb.request(), self.table[verb])
         if verb.root_field:
             return _Route(verb, verb.method, verb.name, self._root_reader(verb), self._perform_and_release(verb))
         read = _reader(verb)
@@ -220,14 +211,14 @@ class KeyApplication(AdmittingApplication):
                 sizes.add(len(batch.items))
                 return batch
 
-            return _Route(verb, verb.method, verb.name, read_batch, self._table[verb])
-        return _Route(verb, verb.method, verb.name, read, self._table[verb])
+            return _Route(verb, verb.method, verb.name, read_batch, self.table[verb])
+        return _Route(verb, verb.method, verb.name, read, self.table[verb])
 
     def _status(self, status: dict[str, object], keys: Keys) -> Response:
         return Response(200, json_answer(visible_status(status, keys.status_view)), uncommitted=_is_unavailable(status))
 
     def _metrics(self, status: dict[str, object]) -> Response:
-        body = metrics.page(status, times=self._times, batches=self._batches, policy_refusals=self._admission.refusals)
+        body = metrics.page(status, times=self._times, batches=self._batches, policy_refusals=self.admission.refusals)
         return Response(200, body, content_type=metrics.CONTENT_TYPE, uncommitted=_is_unavailable(status))
 
     def _root_reader(self, verb: Verb[Any, Any]) -> Callable[[Principal, HttpRequest], Any]:
@@ -238,7 +229,7 @@ class KeyApplication(AdmittingApplication):
         def read(who: Principal, request: HttpRequest) -> Any:
             require(who, verb)
             require_short_body(request)
-            root = take_key(request.body, self._vault.arena, verb.root_field)
+            root = take_key(request.body, self.vault.arena, verb.root_field)
             try:
                 body = decode(decoder, request.body)
                 members = {name: getattr(body, name) for name in fields} | {verb.root_field: UNSET, "root": root}
@@ -255,7 +246,7 @@ class KeyApplication(AdmittingApplication):
     def _perform_and_release(self, verb: Verb[Any, Any]) -> Perform[Any]:
         async def perform(who: Principal, request: Any, request_id: str) -> Reply:
             try:
-                answer = self._table[verb](who, request, request_id)
+                answer = self.table[verb](who, request, request_id)
                 return answer if isinstance(answer, (bytes, Response)) else await answer
             finally:
                 if request.root is not None:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Final
 from minikms import api
 from minikms.api.errors import AuditLaggingError
 from minikms.http import HttpRequest, Response, raised_response
-from minikms_daemon.server.admission import Admission, AdmittingApplication, Session
+from minikms_daemon.server.admission import AdmittingApplication, Session
 from minikms_daemon.server.application import KeyApplication
 from minikms_daemon.service.encoding import Reply
 
 if TYPE_CHECKING:
-    from minikms.policy.meters import Meters
+    pass
 
 SERVED: Final = (
     api.STATUS,
@@ -45,14 +45,14 @@ _SERVED: Final = frozenset((verb.method, verb.path) for verb in SERVED)
 class RefusingApplication(AdmittingApplication, ABC):
     """The engine's application in the place of `app`, which gets the verbs of SERVED only: see `minikms.http`."""
 
-    def __init__(self, app: KeyApplication, *, admission: Admission, meters: Meters | None) -> None:
-        super().__init__(admission, meters)
+    def __init__(self, app: KeyApplication) -> None:
+        super().__init__(admission=app.admission, meters=app.meters)
         self._app = app
 
     def handle(self, session: Session, request: HttpRequest) -> Reply | Awaitable[Reply]:
         if self._serves(request):
             return self._app.handle(session, request)
-        who = self._admission.caller(session, request.head, lambda: self._refusal(None))
+        who = self.admission.caller(session, request.head, lambda: self._refusal(None))
         return who if isinstance(who, Response) else self._refusal(session)
 
     def commit(self) -> bool | None:
@@ -69,16 +69,8 @@ class RefusingApplication(AdmittingApplication, ABC):
 class LaggingApplication(RefusingApplication):
     """`lag`: durable lines that the auditor has not reported. `lines_max`: its bound."""
 
-    def __init__(
-        self,
-        app: KeyApplication,
-        *,
-        admission: Admission,
-        meters: Meters | None,
-        lag: Callable[[], int],
-        lines_max: int,
-    ) -> None:
-        super().__init__(app, admission=admission, meters=meters)
+    def __init__(self, app: KeyApplication, lag: Callable[[], int], lines_max: int) -> None:
+        super().__init__(app)
         self._lag = lag
         self._lines_max = lines_max
         self._text = (
@@ -93,5 +85,5 @@ class LaggingApplication(RefusingApplication):
 
     def _refusal(self, session: Session | None) -> Response:
         if session is not None:
-            self._admission.lagging(session)
+            self.admission.lagging(session)
         return raised_response(AuditLaggingError(self._text))

@@ -20,8 +20,7 @@ from minikms_daemon.service.base import VerbTable
 
 if TYPE_CHECKING:
     from minikms.http import Application
-    from minikms.policy.meters import Meters
-    from minikms_daemon.server.admission import Admission, Session
+    from minikms_daemon.server.admission import Session
 
 
 NOT_REPLICATED: Final = "the key service has one host: to have several, stop the daemon and run `minikms replica init`"
@@ -61,7 +60,7 @@ class NoMember:
         """`app`, behind the lease of this host if it needs one."""
         return app
 
-    def standby(self, app: Any, admission: Admission, meters: Meters | None) -> Application[Session] | None:
+    def standby(self, app: Any) -> Application[Session] | None:
         """What is served instead of `app` while this host does not serve; None where it always does."""
         return None
 

@@ -141,7 +141,7 @@ class Parts:
             seal=seal,
             reload=policy.reload,
         )
-        standby = replica.standby(self.app, admission, policy.meters)
+        standby = replica.standby(self.app)
         self._standby = None if standby is None else leased(standby)
         self._serving = leased(replica.leased(self.app))
         self._lagging_app: LaggingApplication | None = None
@@ -149,11 +149,7 @@ class Parts:
             from minikms_daemon.server.lagging import LaggingApplication  # in a daemon only if it may lag
 
             self._lagging_app = LaggingApplication(
-                self.app,
-                admission=admission,
-                meters=policy.meters,
-                lag=lambda: auditor.lag,
-                lines_max=settings.flags.refuse_when_unshipped,
+                self.app, lag=lambda: auditor.lag, lines_max=settings.flags.refuse_when_unshipped
             )
             self._lagging = leased(replica.leased(self._lagging_app))
         self._server: HttpServer[Session] | None = None

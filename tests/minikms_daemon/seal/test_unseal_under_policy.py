@@ -47,8 +47,7 @@ async def test_an_unseal_that_waits_obeys_the_new_policy(tmp_path: Path, waits_f
         process = SimpleNamespace(
             settings=SimpleNamespace(
                 root=KeyFile(key_file(tmp_path / "d")),
-                root_lease=None,
-                sealed=True,
+                flags=SimpleNamespace(root_lease=None, sealed=True),
                 opening=datadir.DEFAULT_OPTIONS,
             ),
             policy=SimpleNamespace(policy=policy, meters=None),

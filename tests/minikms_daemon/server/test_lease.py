@@ -42,7 +42,9 @@ def test_the_newest_question_counts_in_whatever_order_answers_come(asked: list[i
 
 
 def test_without_a_lease_nothing_is_in_the_way_of_a_request() -> None:
-    process = SimpleNamespace(settings=SimpleNamespace(root=KeyFile(Path("key")), root_lease=None))
+    process = SimpleNamespace(
+        settings=SimpleNamespace(root=KeyFile(Path("key")), flags=SimpleNamespace(root_lease=None))
+    )
     unused = cast(Any, None)
     unlocking = Unlocking(cast(RunContext, process), unseal=unused, lapse=unused, body=unused)
     app = cast(Any, EchoApp())
