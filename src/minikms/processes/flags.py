@@ -38,10 +38,11 @@ FLAGS_BYTES_MAX: Final = 1024 * 1024
 @dataclass(frozen=True, kw_only=True)
 class Flags:
     """What `minikms serve` resolved from flags and environment; `minikms_daemon.server.settings` checks the rest.
-    `root`: a source, such as `file:PATH`. `key_owner`: of a key file that its group may read. `sealed`: every start
-    waits for an unseal. `root_lease`: seconds for which a root key of the unlock service is used without another grant;
-    None: for ever. `refuse_when_unshipped`: no key is used while an auditor has left more durable lines of the audit
-    log. `version`, `commit`: of the distribution.
+    `data_dir`: an absolute path. `root`: a source, such as `file:PATH`. `key_owner`: of a key file that its group may
+    read. The daemon stops at the end of file of `parent_fd`. `sealed`: every start waits for an unseal. `root_lease`:
+    seconds for which a root key of the unlock service is used without another grant; None: for ever.
+    `refuse_when_unshipped`: no key is used while an auditor has left more durable lines of the audit log. `version`,
+    `commit`: of the distribution.
     """
 
     socket: str

@@ -46,9 +46,8 @@ IF_RESTORED_UNDER_SERVER: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The flags, and what was made of those that are texts. `flags.data_dir` is an absolute path. The daemon stops at
-    the end of file of `flags.parent_fd`. `allowed_uids`: with a policy file None means the uids that it names;
-    otherwise they narrow those.
+    """The flags, and what was made of those that are texts. `allowed_uids`: with a policy file None means the uids that
+    it names; otherwise they narrow those.
     """
 
     flags: Flags
