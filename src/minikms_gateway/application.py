@@ -16,7 +16,7 @@ import ssl
 import time
 from collections import Counter
 from collections.abc import Awaitable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import urlencode
@@ -109,37 +109,25 @@ class GatewaySession:
         self.group = address_group(self.peer)
 
 
+@dataclass(eq=False)
 class Gateway:
-    """The engine's application: see `minikms.http`."""
+    """The engine's application: see `minikms.http`. Another `state` counts for each session before its next request."""
 
-    def __init__(
-        self,
-        state: GatewayState,
-        upstream: Upstream,
-        refusals: Refusals,
-        *,
-        connections_max: int,
-        tracing: Tracing | None = None,
-    ) -> None:
-        self._state = state
-        self._upstream = upstream
-        self._tracing = tracing
-        self._refusals = refusals
+    state: GatewayState
+    upstream: Upstream
+    refusals: Refusals
+    _: KW_ONLY
+    connections_max: int
+    tracing: Tracing | None = None
+
+    def __post_init__(self) -> None:
         self._by_name: Counter[str] = Counter()
-        self._name_max = max(1, connections_max // NAME_SHARE)
-        self._unproven: Places[GatewaySession] = Places(max(1, connections_max // UNPROVEN_SHARE))
+        self._name_max = max(1, self.connections_max // NAME_SHARE)
+        self._unproven: Places[GatewaySession] = Places(max(1, self.connections_max // UNPROVEN_SHARE))
         self.requests = {verb.name: 0 for verb in api.VERBS if verb.proxied}
         """Requests that were sent on, by verb."""
         self._routes = Routes((verb.method, verb.path, verb) for verb in api.VERBS)
         self._transit = Transit(self._ask)
-
-    @property
-    def state(self) -> GatewayState:
-        return self._state
-
-    def use(self, state: GatewayState) -> None:
-        """Every session is checked again under `state`, before its next request."""
-        self._state = state
 
     # --- the engine's side --------------------------------------------------------------------------------------
 
@@ -151,7 +139,7 @@ class Gateway:
         if session.identity is None:
             loser = self._unproven.take(session.group, session)
             if loser is not None:
-                self._refusals.add("connections", loser.peer)
+                self.refusals.add("connections", loser.peer)
                 loser.link.abort()
         elif self._by_name[session.identity.name] >= self._name_max:
             return TOO_MANY_CONNECTIONS
@@ -178,7 +166,7 @@ class Gateway:
         was_refused = session.refused is not None
         self._check(session)
         if session.refused is not None and not was_refused:
-            self._refusals.add(session.refused.reason, session.peer)
+            self.refusals.add(session.refused.reason, session.peer)
         return session.refused is None
 
     def close_session(self, session: GatewaySession) -> None:
@@ -223,7 +211,7 @@ class Gateway:
     def refused(self, session: GatewaySession | None, status: int, code: str) -> None:
         """The engine counts what is no request; only a connection without a place is counted here."""
         if code == api.CODE_TOO_MANY and session is None:
-            self._refusals.add("connections", "")
+            self.refusals.add("connections", "")
 
     def commit(self) -> bool:
         """There is nothing to write: the key service audits each request."""
@@ -263,7 +251,7 @@ class Gateway:
         return verified.name
 
     def _verified(self, session: GatewaySession, authorization: str) -> Verified | asyncio.Future[None]:
-        issuers = self._state.issuers
+        issuers = self.state.issuers
         if issuers is None:
             raise RefusedTokenError("token_issuer")
         thumbprint = None if session.chain is None else session.chain.thumbprint
@@ -285,16 +273,16 @@ class Gateway:
         """Bring `identity` and `refused` up to date."""
         now = time.time()
         identity = session.identity
-        if session.generation == self._state.generation and (
+        if session.generation == self.state.generation and (
             session.refused is not None or (identity is not None and now < identity.until)
         ):
             return
-        session.generation = self._state.generation
+        session.generation = self.state.generation
         session.identity, session.refused = None, None
         if session.chain is None:
             return
         try:
-            session.identity = self._state.trust.identity(session.chain, now)
+            session.identity = self.state.trust.identity(session.chain, now)
         except RefusedCertificateError as error:
             session.refused = error
 
@@ -315,12 +303,12 @@ class Gateway:
     # --- requests -----------------------------------------------------------------------------------------------
 
     def _is_transit(self, head: ParsedHead) -> bool:
-        return bool(self._state.mount) and head.path.startswith(TRANSIT_API)
+        return bool(self.state.mount) and head.path.startswith(TRANSIT_API)
 
     def _answer(self, who: str, session: GatewaySession, request: HttpRequest, credential: str | None) -> Answer:
         if self._is_transit(request.head):
             lifetime = partial(self._lifetime, session, credential)
-            return self._transit.answer(who, request, self._state.mount, lifetime)
+            return self._transit.answer(who, request, self.state.mount, lifetime)
         return self._forward(who, request)
 
     def _check_head(self, head: ParsedHead) -> None:
@@ -355,17 +343,17 @@ class Gateway:
     ) -> asyncio.Future[bytes | Response]:
         """Sends a request of the key service, for nobody if it is READY."""
         if verb is api.READY:
-            return self._upstream.send(request_bytes(verb.method, verb.path, request, None))
+            return self.upstream.send(request_bytes(verb.method, verb.path, request, None))
         self.requests[verb.name] += 1
-        answer = self._upstream.send(request_bytes(verb.method, target or verb.path, request, who))
-        if self._tracing is not None:
-            answer.add_done_callback(partial(_trace, self._tracing, verb.name, request.head, time.time_ns()))
+        answer = self.upstream.send(request_bytes(verb.method, target or verb.path, request, who))
+        if self.tracing is not None:
+            answer.add_done_callback(partial(_trace, self.tracing, verb.name, request.head, time.time_ns()))
         return answer
 
     def _counted(self, session: GatewaySession, error: KmsRefusedError, head: ParsedHead) -> Response:
         """The answer to an error, whose reason is counted."""
         if not isinstance(error, InvalidRequestError):
-            self._refusals.add(reason_of(error), session.peer)
+            self.refusals.add(reason_of(error), session.peer)
         answer = transit_error(error) if self._is_transit(head) else raised_response(error)
         answer.close = answer.close or isinstance(error, TooManyConnectionsError)
         return answer

@@ -289,7 +289,7 @@ class _GatewayProcess:
             self._log.error("certificate not taken up", why="it has expired; the one before it stays, without new CAs")
         self.loaded = loaded
         self._tls.context = loaded.context
-        self._app.use(self._state(loaded))
+        self._app.state = self._state(loaded)
         self._check_certificate()
         self._log.info("files taken up", generation=self._generation)
 

@@ -187,7 +187,7 @@ def test_a_certificate_that_has_become_bad_is_counted_once(
 ) -> None:
     session = opened(gateway, "spiffe://prod/x")
     trust.until = 0.0
-    gateway.use(GatewayState(trust, None, 2))
+    gateway.state = GatewayState(trust, None, 2)
     assert [gateway.may_stay(session) for _ in range(3)] == [False] * 3
     assert refusals.counts["revoked"] == 1
 

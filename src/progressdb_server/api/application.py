@@ -14,6 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
 from typing import Final
 
 from minikms import api
@@ -55,49 +56,44 @@ def operations(store: Conversations, metrics: ApiMetrics, more: tuple[Operation,
     return with_documentation((*operations_of(admin.health, admin.sign, *of_store, metrics), *more))
 
 
+@dataclass(eq=False)
 class MessageApplication:
     """Serves one store. `more` are operations beside those of the store; `on_unreadable` is called with the sentence
     about a record that can't be read, unless its key was destroyed."""
 
-    def __init__(
-        self,
-        store: Conversations,
-        access: AccessControl,
-        metrics: ApiMetrics,
-        *,
-        more: tuple[Operation, ...] = (),
-        on_unreadable: Callable[[str], None] = lambda record: None,
-        error_page: Callable[[ApiError, ApiRequest], ApiResponse] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._on_unreadable = on_unreadable
-        self._error_page = error_page
-        self._access = access
-        self._metrics = metrics
-        self.operations = operations(store, metrics, more)
+    store: Conversations
+    access: AccessControl
+    metrics: ApiMetrics
+    _: KW_ONLY
+    more: tuple[Operation, ...] = ()
+    on_unreadable: Callable[[str], None] = lambda record: None
+    error_page: Callable[[ApiError, ApiRequest], ApiResponse] | None = None
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.operations = operations(self.store, self.metrics, self.more)
         self._routing = Routing(self.operations)
-        self._clock = clock
         self._refused = RefusalLog()
         self._debugging = _log.is_enabled_for("debug")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return  # the server is started without lifespan and without WebSockets
-        started_s = self._clock()
-        self._metrics.started()
+        started_s = self.clock()
+        self.metrics.started()
         request = ApiRequest(scope, receive)
         reading = RequestReads(request.request_id)
         READING.set(reading)  # for this request's task and the tasks that it starts
         common: tuple[Header, ...] = ((b"x-request-id", request.request_id.encode("ascii")),)
         if head.ORIGIN in request.headers:
-            common += self._access.cors_headers(request.headers)
+            common += self.access.cors_headers(request.headers)
         exchange = Exchange(request, common, receive, send)
         try:
             if request.method == "OPTIONS":
                 await exchange.respond(NO_CONTENT)
                 return
-            client = request.client_address = self._access.proxies.client(request.address, scope["headers"])
-            request.caller, request.user = self._access.authorize(
+            client = request.client_address = self.access.proxies.client(request.address, scope["headers"])
+            request.caller, request.user = self.access.authorize(
                 request.path, request.headers, request.repeated_header, request.address, client, now_s=started_s
             )
             if request.direct is not None:
@@ -113,15 +109,15 @@ class MessageApplication:
             return
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
             if isinstance(error, RecordUnreadableError) and error.code != api.CODE_KEY_DESTROYED:
-                self._on_unreadable(str(error))
+                self.on_unreadable(str(error))
             refusal = self._refusal(_error_of(error, request), request)  # no error: its traceback leads to this frame
             if not exchange.status:  # once begun, a response can only be left unfinished
                 await exchange.respond(refusal)
         finally:
             if request.body_bytes >= limits.BODY_BYTES_PER_TOKEN:
-                self._access.charge(request.caller, request.user, client, request.body_bytes)
-            seconds = self._clock() - started_s
-            self._metrics.finished(request, exchange.status or _CLIENT_GONE, seconds)
+                self.access.charge(request.caller, request.user, client, request.body_bytes)
+            seconds = self.clock() - started_s
+            self.metrics.finished(request, exchange.status or _CLIENT_GONE, seconds)
             if reading.opened:
                 _log_reading(request, reading)
             if exchange.status >= 400 or not exchange.status or self._debugging:
@@ -131,8 +127,8 @@ class MessageApplication:
                 _log_response(request, exchange.status, seconds, identified=identified)
 
     def _refusal(self, error: ApiError, request: ApiRequest) -> ApiResponse:
-        if self._error_page is not None and request.path.startswith("/viewer/"):
-            return self._error_page(error, request)
+        if self.error_page is not None and request.path.startswith("/viewer/"):
+            return self.error_page(error, request)
         return error_response(error)
 
 

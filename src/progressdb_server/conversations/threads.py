@@ -12,6 +12,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -164,26 +165,24 @@ class NamedLocks:
                 del self._users[name], self._locks[name]
 
 
+@dataclass(eq=False)
 class Threads:
-    def __init__(
-        self, reads: Reads, writer: Commits, clock: Clock, sealer: Sealer, *, locks: NamedLocks, retries: Retries
-    ) -> None:
-        self._reads = reads
-        self._writer = writer
-        self._clock = clock
-        self._sealer = sealer
-        self._locks = locks
-        self._retries = retries
+    reads: Reads
+    writer: Commits
+    clock: Clock
+    sealer: Sealer
+    locks: NamedLocks
+    retries: Retries
 
     # --- creating -------------------------------------------------------------------------------------------------
     def _new_thread(self, author: str, title: str | None, name: str) -> tuple[Thread, Stamp]:
         """A thread that is not stored yet; `name` is the id asked for. Raises InvalidThreadIdError."""
         if name and (name in _DOTS or not api.THREAD_ID_PATTERN.fullmatch(name)):
             raise InvalidThreadIdError
-        created = self._clock.next()
+        created = self.clock.next()
         thread = name or keyspace.thread_id(created)
         if title is None:
-            title = f"New Thread #{self._writer.state.threads + 1}"
+            title = f"New Thread #{self.writer.state.threads + 1}"
         return _new(thread, author, title, created.time_ns), created
 
     async def create(
@@ -209,8 +208,8 @@ class Threads:
 
         if ticket is None:
             return await make()
-        async with self._locks.hold(ticket.key):
-            thread_id, new = await self._retries.once(ticket, make)
+        async with self.locks.hold(ticket.key):
+            thread_id, new = await self.retries.once(ticket, make)
             if new is not None:
                 return new
             created_ts = (await self.get(thread_id)).created_ts
@@ -232,11 +231,11 @@ class Threads:
         for _ in range(MAKE_TRIES_MAX):
             thread, created = self._new_thread(author, title, name)
             try:
-                await self._sealer.make_thread(thread.id, partial(drafted, thread, created), request_id)
+                await self.sealer.make_thread(thread.id, partial(drafted, thread, created), request_id)
                 return thread
             except LateStampError as error:
                 if error.last is not None:  # the thread exists
-                    self._clock.recover(error.last)
+                    self.clock.recover(error.last)
                     if name:
                         raise
             except ConditionFailedError as error:
@@ -246,11 +245,11 @@ class Threads:
 
     # --- reading --------------------------------------------------------------------------------------------------
     async def _load_thread(self, thread: str) -> tuple[record.ThreadHeader, bytes] | None:
-        raw = await self._reads.get(keyspace.meta(thread))
+        raw = await self.reads.get(keyspace.meta(thread))
         return None if raw is None else _unpacked(thread, raw)
 
     async def _open_thread(self, name: str, header: record.ThreadHeader, sealed: bytes) -> Thread:
-        (plaintext,) = await self._sealer.open([_to_open(name, header, sealed)])
+        (plaintext,) = await self.sealer.open([_to_open(name, header, sealed)])
         try:
             thread = record.open_thread(header, name, plaintext)
         except record.RecordFormatError as error:
@@ -260,7 +259,7 @@ class Threads:
 
     async def _load_listed(self, threads: Sequence[str]) -> list[Listed]:
         """Loads the threads in order."""
-        rows = await self._reads.values([keyspace.meta(thread) for thread in threads])
+        rows = await self.reads.values([keyspace.meta(thread) for thread in threads])
         listed: list[Listed] = []
         for thread in threads:
             raw = rows.get(keyspace.meta(thread))
@@ -276,7 +275,7 @@ class Threads:
     async def _open_listed(self, listed: Sequence[Listed], wanted: _Wanted = _EVERY) -> list[Thread]:
         """Opens the wanted threads in order; one that does not open has `error`. Raises StoreUnavailableError."""
         items = [_to_open(one.thread, one.header, one.sealed) for one in listed if one.header is not None]
-        answers = iter(await self._sealer.open_each(items))
+        answers = iter(await self.sealer.open_each(items))
         threads: list[Thread] = []
         for one in listed:
             if one.header is None:
@@ -302,7 +301,7 @@ class Threads:
 
     async def _touch(self, threads: Sequence[Thread]) -> None:
         """The last change of a thread is the later of its metadata's and its newest record's."""
-        newest = await self._reads.newest([keyspace.messages(thread.id) for thread in threads])
+        newest = await self.reads.newest([keyspace.messages(thread.id) for thread in threads])
         for thread, key in zip(threads, newest, strict=True):
             if key is not None:
                 thread.updated_ts = max(thread.updated_ts, keyspace.stamp_of(key).time_ns)
@@ -332,7 +331,7 @@ class Threads:
 
     async def _all(self, prefix: bytes, wanted: _Wanted) -> AsyncIterator[list[Thread]]:
         lower = prefix
-        while keys := await self._reads.keys(lower, keyspace.after(prefix), limit=LIST_THREADS_MAX):
+        while keys := await self.reads.keys(lower, keyspace.after(prefix), limit=LIST_THREADS_MAX):
             lower = keyspace.next_key(keys[-1])
             yield await self._matching(keys, wanted)
 
@@ -341,7 +340,7 @@ class Threads:
         upper = prefix + page.cursor.encode() if page.cursor else keyspace.after(prefix)
         batch, left = min(LIST_THREADS_MAX, page.limit), PAGE_LOOKED_MAX
         newest: list[Thread] = []
-        while keys := await self._reads.keys(prefix, upper, limit=batch, reverse=True):
+        while keys := await self.reads.keys(prefix, upper, limit=batch, reverse=True):
             matching = {thread.id: thread for thread in await self._matching(keys, wanted)}
             for upper in keys:
                 thread = matching.get(keyspace.last_part(upper))
@@ -351,7 +350,7 @@ class Threads:
                         break
             left -= len(keys)
             if len(newest) == page.limit or left <= 0:
-                if await self._reads.keys(prefix, upper, limit=1, reverse=True):
+                if await self.reads.keys(prefix, upper, limit=1, reverse=True):
                     page.following = upper[len(prefix) :].decode()
                 break
             if not (wanted.title or wanted.slug):
@@ -368,7 +367,7 @@ class Threads:
 
     async def is_deleted(self, thread_id: str) -> bool:
         """Whether the thread is deleted; false for an unknown thread. Opens no record."""
-        return await self._reads.get(keyspace.closed_key(thread_id)) is not None
+        return await self.reads.get(keyspace.closed_key(thread_id)) is not None
 
     async def page(self, *, author: str, id_prefix: str, cursor: str, limit: int) -> tuple[list[str], str]:
         """Ids of threads, newest first (by the beginning of an id: in the order of ids), and the cursor of the next
@@ -378,13 +377,13 @@ class Threads:
             lower, upper = prefix, prefix + keyspace.END
             if cursor:
                 lower = keyspace.next_key(keyspace.key_map(cursor))
-            keys = await self._reads.keys(lower, upper, limit=limit + 1)
+            keys = await self.reads.keys(lower, upper, limit=limit + 1)
         else:
             prefix = keyspace.author_threads(author) if author else keyspace.CREATED
             lower, upper = prefix, keyspace.after(prefix)
             if cursor:
                 upper = prefix + cursor.encode()
-            keys = await self._reads.keys(lower, upper, limit=limit + 1, reverse=True)
+            keys = await self.reads.keys(lower, upper, limit=limit + 1, reverse=True)
         ids = [keyspace.last_part(key) for key in keys[:limit]]
         if len(keys) <= limit:
             return ids, ""
@@ -395,8 +394,8 @@ class Threads:
         self, thread: str, author: str | None
     ) -> tuple[ThreadState, bytes, record.ThreadHeader, Thread]:
         """What a change is based on. Raises ThreadNotFoundError (also when deleted), NotTheAuthorError."""
-        state = await self._sealer.thread(thread)
-        raw = await self._reads.get(keyspace.meta(thread))
+        state = await self.sealer.thread(thread)
+        raw = await self.reads.get(keyspace.meta(thread))
         if state is None or raw is None or state.deleted:
             raise ThreadNotFoundError
         header, sealed = _unpacked(thread, raw)
@@ -421,17 +420,17 @@ class Threads:
         *,
         deleted_by: str | None = None,
     ) -> Thread:
-        async with self._locks.hold(keyspace.meta(thread_id)):
+        async with self.locks.hold(keyspace.meta(thread_id)):
             for _ in range(CHANGE_TRIES_MAX):
                 state, raw, header, current = await self._for_change(thread_id, author)
                 changed = msgspec.structs.replace(current, **fields)
 
                 try:
-                    await self._sealer.append(
+                    await self.sealer.append(
                         state, partial(_change_draft, changed, raw, header, deleted_by=deleted_by), request_id
                     )
                     if changed.deleted:
-                        self._sealer.forget(thread_id)
+                        self.sealer.forget(thread_id)
                     return changed
                 except ConditionFailedError:  # a key rotation or another server rewrote the record meanwhile
                     continue

@@ -108,7 +108,7 @@ class Conversations:
         self.sealer = Sealer(self.reads, self.writer, provider, self.clock, self.metrics)
         locks, retries = NamedLocks(), Retries(engine, self.writer, self.clock)
         parts = self.reads, self.writer, self.clock, self.sealer
-        self.threads = Threads(*parts, locks=locks, retries=retries)
+        self.threads = Threads(*parts, locks, retries)
         self.members = Members(engine, self.writer, self.threads, locks, rule)
         self.reading = Reading(self.reads, self.sealer, Validators(remembers=engine.sole))
         self.messages = Messages(*parts, self.threads, self.members, self.reading, locks, retries)

@@ -35,7 +35,7 @@ import random
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any, Final
 
 import msgspec
@@ -227,30 +227,27 @@ class SupervisorError(Exception):
         self.exit_status = exit_status
 
 
+@dataclass(eq=False)
 class Supervisor:
-    """Keeps a miniKMS at `options.socket_path` running from `start` to `stop`. Belongs to one event loop."""
+    """Keeps a miniKMS at `options.socket_path` running from `start` to `stop`. Belongs to one event loop.
 
-    def __init__(
-        self,
-        options: ChildOptions,
-        *,
-        spawn: bool = True,
-        server_uids: Collection[int] | None = None,
-        audit_head: Callable[[], Awaitable[str]] | None = None,
-        on_lost: Callable[[str], None] | None = None,
-    ) -> None:
-        """`audit_head` is called before each start, in the event loop; see `ChildOptions.command`. `on_lost` is called
-        with the reason when the daemon is gone and can't be started again, because its root key was passed on.
+    `audit_head` is called before each start, in the event loop; see `ChildOptions.command`. `on_lost` is called with
+    the reason when the daemon is gone and can't be started again, because its root key was passed on. Takes over
+    `options.master_key_fd`, and closes it in `start`.
+    """
 
-        Takes over `options.master_key_fd`, and closes it in `start`.
-        """
-        self._options = options
-        self._spawn = spawn
-        self._audit_head = audit_head
-        self._on_lost = on_lost
+    options: ChildOptions
+    _: KW_ONLY
+    spawn: bool = True
+    server_uids: Collection[int] | None = None
+    audit_head: Callable[[], Awaitable[str]] | None = None
+    on_lost: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        path = self.options.socket_path
         self._key_closed = False
-        self._health = AsyncClient(options.socket_path, server_uids=server_uids, timeout_s=HEALTH_TIMEOUT_S, wait_s=0.0)
-        self._log = Log(socket=os.fspath(options.socket_path))
+        self._health = AsyncClient(path, server_uids=self.server_uids, timeout_s=HEALTH_TIMEOUT_S, wait_s=0.0)
+        self._log = Log(socket=os.fspath(path))
         self._task: asyncio.Task[None] | None = None
         self._child: Child | None = None
         self._reason = ""
@@ -274,7 +271,7 @@ class Supervisor:
             self._close_key()
         if not is_answering:
             await self.stop()
-            raise SupervisorError(f"no miniKMS at {self._options.socket_path}: {self._reason}", self._exit_status)
+            raise SupervisorError(f"no miniKMS at {self.options.socket_path}: {self._reason}", self._exit_status)
         self._starting = False
         self._task = asyncio.get_running_loop().create_task(self._keep(), name="minikms supervisor")
 
@@ -299,7 +296,7 @@ class Supervisor:
         if isinstance(error, KmsUntrustedServerError):
             self._reason = str(error)
             return False
-        if not self._spawn or not isinstance(error, KmsUnavailableError):  # absent, or present and silent
+        if not self.spawn or not isinstance(error, KmsUnavailableError):  # absent, or present and silent
             self._log.info("waiting for miniKMS to answer")
             self._reason = f"{error}; start it, or let this server spawn one (unset PROGRESSDB_KMS_SPAWN)"
             return await self._await_answer(None, ABSENT_S_MAX)
@@ -308,8 +305,8 @@ class Supervisor:
     async def _spawn_one(self, found_s_max: float) -> bool:
         try:
             self._make_socket_directory()
-            audit_head = await self._audit_head() if self._audit_head is not None else ""
-            child = self._child = await Child.start(self._options, self._forward, audit_head=audit_head)
+            audit_head = await self.audit_head() if self.audit_head is not None else ""
+            child = self._child = await Child.start(self.options, self._forward, audit_head=audit_head)
         except OSError as error:
             self._reason = f"miniKMS can't be started: {error.strerror}"
             return False
@@ -329,15 +326,15 @@ class Supervisor:
         return False
 
     def _close_key(self) -> None:
-        descriptor = self._options.master_key_fd
+        descriptor = self.options.master_key_fd
         if descriptor is not None:
-            self._options = replace(self._options, master_key_fd=None)
+            self.options = replace(self.options, master_key_fd=None)
             self._key_closed = True
             os.close(descriptor)
 
     def _make_socket_directory(self) -> None:
         """The socket's default place is inside the server's data directory, which may be new."""
-        os.makedirs(os.path.dirname(os.path.abspath(self._options.socket_path)), mode=0o700, exist_ok=True)
+        os.makedirs(os.path.dirname(os.path.abspath(self.options.socket_path)), mode=0o700, exist_ok=True)
 
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
@@ -348,7 +345,7 @@ class Supervisor:
             else:
                 await self._watch_child(self._child)
                 self._child = None
-            if self._key_closed and self._spawn:
+            if self._key_closed and self.spawn:
                 self._give_up()
                 return
             if loop.time() - since_s >= STABLE_S:
@@ -381,8 +378,8 @@ class Supervisor:
             "PROGRESSDB_MINIKMS_MASTER_KEY; start the server again with the variable"
         )
         self._log.critical("the server stops: its key service is lost", reason=reason)
-        if self._on_lost is not None:
-            self._on_lost(reason)
+        if self.on_lost is not None:
+            self.on_lost(reason)
 
     async def _again(self) -> bool:
         if self._failures:

@@ -38,7 +38,7 @@ from progressdb_server.store.engine import Counters
 from progressdb_server.store.epoch import SeenState as KeyService
 from progressdb_server.store.idempotency import IdempotencyRecord
 from progressdb_server.store.keyspace import Stamp
-from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError, StoreUnavailableError
+from progressdb_server.store.model import RecordUnreadableError, StoreDamagedError, StoreUnavailableError, shown
 from progressdb_server.store.offline import WALK_BYTES_MAX, Entries, Lost, View
 
 CHUNK_ENTRIES: Final = 500
@@ -188,7 +188,7 @@ class Checker:
 
     async def _judge(self, key: bytes, value: bytes, findings: list[Problem]) -> None:
         def report(kind: Kind, detail: str, *fix: Put) -> None:
-            findings.append(Problem(kind, _shown(key), detail, fix))
+            findings.append(Problem(kind, shown(key), detail, fix))
 
         judge = next((judge for space, judge in self._judges.items() if key.startswith(space)), None)
         try:
@@ -216,7 +216,7 @@ class Checker:
         self.counts["other"] += 1
         try:
             if self._parse_job is not None:
-                self._parse_job(_shown(key[len(keyspace.JOBS) :]), value)
+                self._parse_job(shown(key[len(keyspace.JOBS) :]), value)
         except RecordUnreadableError as error:
             report("damaged", f"{error}: {JOB_DAMAGED}")
 
@@ -280,12 +280,12 @@ class Checker:
         content = record.unpack_message(raw)[0] if raw is not None else None
         is_of_another = content is None or (content.first or stamp.text) != header.first
         if is_of_another or (isinstance(content, record.LaterHeader) and content.content):
-            report("damaged", f"its content is missing: {_shown(place)} does not have it")
+            report("damaged", f"its content is missing: {shown(place)} does not have it")
 
     async def _judge_indexed(self, entries: list[tuple[bytes, bytes]], report: _Reporter) -> None:
         for index, expected in entries:
             if await _Lookup(index) != expected:
-                report("unindexed", f"{_shown(index)} does not lead to it", (index, expected))
+                report("unindexed", f"{shown(index)} does not lead to it", (index, expected))
 
     async def _open(self, chunk: Sequence[tuple[bytes, bytes]]) -> list[Problem]:
         """Decrypts the records among the entries; what can't be parsed was reported before."""
@@ -304,7 +304,7 @@ class Checker:
         for item, answer in zip(wanted[len(records) :], answers[len(records) :], strict=True):
             if not isinstance(answer, KmsRefusedError) or answer.code != api.CODE_DECRYPTION_FAILED:
                 code = answer.code if isinstance(answer, KmsRefusedError) else "it opened"
-                findings.append(Problem("keyless", _shown(item.aad), f"the mapped key {item.key_id}: {code}"))
+                findings.append(Problem("keyless", shown(item.aad), f"the mapped key {item.key_id}: {code}"))
         return findings
 
     async def _key_probes(self, records: list[DecryptItem]) -> list[DecryptItem]:
@@ -330,7 +330,7 @@ class Checker:
         raw = await _Lookup(target)
         header = record.unpack_message(raw)[0] if raw is not None else None
         if header is None or first is None or (header.first or stamp.decode()) != first.text:
-            report("dangling", f"{_shown(target)} is no version of it", (key, None))
+            report("dangling", f"{shown(target)} is no version of it", (key, None))
 
     async def _judge_order(self, key: bytes, value: bytes, report: _Reporter) -> None:
         self.counts["order"] += 1
@@ -379,9 +379,9 @@ class Checker:
             for head in heads:
                 if head.last != head.newest:
                     key = keyspace.HEADS + head.thread_part
-                    has = "no row" if head.last is None else f"the last stamp {_shown(head.last)!r}"
-                    detail = f"the thread has {has}, its newest version has {_shown(head.newest)!r}"
-                    yield Problem("dangling", _shown(key), detail, ((key, head.newest),))
+                    has = "no row" if head.last is None else f"the last stamp {shown(head.last)!r}"
+                    detail = f"the thread has {has}, its newest version has {shown(head.newest)!r}"
+                    yield Problem("dangling", shown(key), detail, ((key, head.newest),))
 
     async def _judge_counters(self) -> AsyncIterator[Problem]:
         threads, messages = self.counts["threads"], self.counts["messages"]
@@ -392,14 +392,14 @@ class Checker:
             return
         except UNDECODABLE as error:
             fixed = msgspec.msgpack.encode(Counters.of(threads, messages, self._newest))
-            yield Problem("miscounted", _shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
+            yield Problem("miscounted", shown(keyspace.STATE), f"damaged: {error}", ((keyspace.STATE, fixed),))
             return
         if (state.threads, state.messages) != (threads, messages) or state.last < self._newest:
             fixed = msgspec.msgpack.encode(Counters.of(threads, messages, max(state.last, self._newest)))
             counted = f"{state.threads} threads and {state.messages} messages stored, {threads} and {messages} counted"
             older = "the last stamp is older than a record's"
             detail = counted if state.last >= self._newest else older
-            yield Problem("miscounted", _shown(keyspace.STATE), detail, ((keyspace.STATE, fixed),))
+            yield Problem("miscounted", shown(keyspace.STATE), detail, ((keyspace.STATE, fixed),))
 
 
 class Report(NamedTuple):
@@ -448,12 +448,10 @@ def _named(damaged: Sequence[Lost], met: StoreDamagedError) -> list[Problem]:
     """`met`: what was damage to the engine, and is a finding also if everything else can be read."""
     problems = [] if damaged else [Problem("lost", met.file or "log", str(met))]
     for lost in damaged:
-        place = (
-            f"entries from {_shown(lost.lower)} to {_shown(lost.upper)}" if lost.upper else "some of the last writes"
-        )
+        place = f"entries from {shown(lost.lower)} to {shown(lost.upper)}" if lost.upper else "some of the last writes"
         problems.append(Problem("lost", lost.file, f"the file is damaged: {place}"))
         for key, _ in lost.seen:
-            problems.append(Problem("lost", _shown(key), f"the entry is in the damaged part of {lost.file}"))
+            problems.append(Problem("lost", shown(key), f"the entry is in the damaged part of {lost.file}"))
     return problems
 
 
@@ -475,7 +473,7 @@ async def repair_offline(
 
     async def prove(seen: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
         proved = await _proved(provider, seen)
-        repaired.update(_shown(key) for key, _ in proved)
+        repaired.update(shown(key) for key, _ in proved)
         return proved
 
     lost: list[Lost] = await salvage.rebuild(place, prove)
@@ -547,7 +545,7 @@ async def _decrypted(provider: Provider, items: Sequence[DecryptItem]) -> list[b
 
 def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError) -> Problem | None:
     if isinstance(answer, KmsRefusedError):
-        return Problem("unreadable", _shown(item.aad), f"its key does not open it ({answer.code})")
+        return Problem("unreadable", shown(item.aad), f"its key does not open it ({answer.code})")
     thread = item.thread_id or ""
     try:
         if item.aad.endswith(b":meta"):
@@ -558,14 +556,10 @@ def _judge_opened(item: DecryptItem, raw: bytes, answer: bytes | KmsRefusedError
             first = version.first or item.aad[-keyspace.STAMP_BYTES :].decode()
             record.open_message(version, item.aad, thread, first, answer)
     except record.RecordFormatError as error:
-        return Problem("unreadable", _shown(item.aad), str(error))
+        return Problem("unreadable", shown(item.aad), str(error))
     return None
 
 
 def _key_id(raw: bytes) -> str | None:
     text = raw.decode("ascii", "replace")
     return text if api.THREAD_ID_PATTERN.fullmatch(text) else None  # key ids have the same characters
-
-
-def _shown(key: bytes) -> str:
-    return key.decode("ascii", errors="backslashreplace")

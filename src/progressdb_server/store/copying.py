@@ -71,7 +71,7 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
     if source == target:
         raise FormatError("source and target are the same")
     async with places.alone(source) as old, places.open_copy(target, source) as new:
-        counted = await _counters(old)
+        counted = Counters.parse(await old.get(keyspace.STATE))
         count, changed, newest = await _bring(old, new, lambda done: progress(done, counted.messages))
         counted = Counters.of(counted.threads, counted.messages, max(counted.last, newest))
         digest = await _digest(new)
@@ -82,10 +82,6 @@ async def copy(source: str, target: str, progress: Callable[[int, int], None]) -
         if digest != count:
             raise CopyError(f"the copy has {digest.count:,} entries that differ from the {count.count:,} of the source")
     return Copied(count.count, count.text, changed, counted)
-
-
-async def _counters(old: View) -> Counters:
-    return Counters.parse(await old.get(keyspace.STATE))
 
 
 async def _bring(old: View, new: Entries, progress: Callable[[int], None]) -> tuple[Digest, int, Stamp]:

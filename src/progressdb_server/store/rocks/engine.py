@@ -255,7 +255,7 @@ class RocksEngine(RocksRead, LocalEngine):
 
     def __init__(self, path: str) -> None:
         super().__init__()
-        self._path = path
+        self.path = path
         os.makedirs(path, mode=0o700, exist_ok=True)
         refuse_root_for_another(path)
         self._write_options = WriteOptions()
@@ -264,33 +264,29 @@ class RocksEngine(RocksRead, LocalEngine):
         self._sync_lock = threading.Lock()  # the handle must not be closed while `sync` uses it
         self._db = self._open()
 
-    @property
-    def path(self) -> str:
-        return self._path
-
     def _open(self) -> Any:
-        known = acknowledged.last(self._path)
-        reached = _reached(self._path) if known else 0
-        if 0 <= reached < known and not isinstance(_refusal(self._path), StoreDamagedError):  # RocksDB would open it
-            with contextlib.suppress(FileNotFoundError), exclusive(self._path):
+        known = acknowledged.last(self.path)
+        reached = _reached(self.path) if known else 0
+        if 0 <= reached < known and not isinstance(_refusal(self.path), StoreDamagedError):  # RocksDB would open it
+            with contextlib.suppress(FileNotFoundError), exclusive(self.path):
                 pass
-            raise _cut(self._path)
+            raise _cut(self.path)
         try:
             try:
-                db = Rdict(self._path, engine_options())
+                db = Rdict(self.path, engine_options())
             except Exception as error:
                 if "LOCK:" in str(error) or not 0 < known <= reached:
                     raise
-                _log.warning("store_log_torn", reason=f"{self._path}: writes behind the damage of its log are dropped")
-                db = Rdict(self._path, _to_the_damage())
+                _log.warning("store_log_torn", reason=f"{self.path}: writes behind the damage of its log are dropped")
+                db = Rdict(self.path, _to_the_damage())
         except Exception as error:
             if "LOCK:" in str(error):
-                raise StoreLockedError(_in_use(self._path)) from error
-            raise not_opened(self._path, error) from error
+                raise StoreLockedError(_in_use(self.path)) from error
+            raise not_opened(self.path, error) from error
         if db.latest_sequence_number() < known:
             db.close()
-            raise _cut(self._path)
-        self._acknowledged = Acknowledged(self._path)
+            raise _cut(self.path)
+        self._acknowledged = Acknowledged(self.path)
         self._acknowledged.note(db.latest_sequence_number())
         return db
 
@@ -343,7 +339,7 @@ class RocksEngine(RocksRead, LocalEngine):
     def _check_room(self, wanted_bytes: int) -> None:
         """Checks that the disk takes so much now. Raises EngineUnavailableError."""
         try:
-            with tempfile.TemporaryFile(dir=self._path, prefix="probe-") as file:
+            with tempfile.TemporaryFile(dir=self.path, prefix="probe-") as file:
                 _reserve(file.fileno(), wanted_bytes)
                 file.write(b"\0" * 4096)
                 file.flush()
@@ -353,7 +349,7 @@ class RocksEngine(RocksRead, LocalEngine):
 
     def _log_bytes(self) -> int:
         """The size of the write-ahead log, which opening writes out again."""
-        with os.scandir(self._path) as entries:
+        with os.scandir(self.path) as entries:
             return sum(entry.stat().st_size for entry in entries if entry.name.endswith(".log"))
 
     def checkpoint(self, path: str) -> None:
