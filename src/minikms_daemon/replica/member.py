@@ -322,12 +322,12 @@ class ReplicaMember(NoMember):
             return self.stand_by("the lease has ended")
         if request.term != self.state.term:
             return self.stand_by(f"the database is in term {request.term}")
+        if directory.behind:
+            return self.stand_by("a change of the database could not be written here")
         try:
             directory.confirm(request.number)
         except ConflictError as error:
             return self.stand_by(str(error))
-        if directory.behind:
-            return self.stand_by("a change of the database could not be written here")
         if request.wanted not in (UNSET, self._mark.member_id):
             return self.stand_by(f"{request.wanted} was promoted")
         return self._grant(request.asked_ns)
