@@ -252,7 +252,6 @@ async def _serve_until(stop: _Stop, config: Config, master_key_fd: int | None, a
             access,
             metrics,
             more=more,
-            on_unreadable=store.note_unreadable,
             error_page=viewer.error_page,
         )
         host, port = listener.getsockname()[:2]

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Final
 
-from minikms import api
 from minikms.api.errors import KmsError
 from minikms.platform.logs import Log
 from progressdb_server.api.gate import head, limits
@@ -58,15 +57,13 @@ def operations(store: Conversations, metrics: ApiMetrics, more: tuple[Operation,
 
 @dataclass(eq=False)
 class MessageApplication:
-    """Serves one store. `more` are operations beside those of the store; `on_unreadable` is called with the sentence
-    about a record that can't be read, unless its key was destroyed."""
+    """Serves one store. `more` are operations beside those of the store."""
 
     store: Conversations
     access: AccessControl
     metrics: ApiMetrics
     _: KW_ONLY
     more: tuple[Operation, ...] = ()
-    on_unreadable: Callable[[str], None] = lambda record: None
     error_page: Callable[[ApiError, ApiRequest], ApiResponse] | None = None
     clock: Callable[[], float] = time.monotonic
 
@@ -108,8 +105,8 @@ class MessageApplication:
         except ClientGoneError:
             return
         except Exception as error:  # noqa: BLE001 - whatever happens, the client gets a response
-            if isinstance(error, RecordUnreadableError) and error.code != api.CODE_KEY_DESTROYED:
-                self.on_unreadable(str(error))
+            if isinstance(error, RecordUnreadableError) and not error.code:  # the store notes what was refused
+                self.store.sealer.note_unreadable(str(error))
             refusal = self._refusal(_error_of(error, request), request)  # no error: its traceback leads to this frame
             if not exchange.status:  # once begun, a response can only be left unfinished
                 await exchange.respond(refusal)

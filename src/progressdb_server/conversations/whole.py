@@ -43,9 +43,6 @@ LOOK_S_MAX: Final = 2.0
 """For the look at a clean stop, and for one that a caller waits for."""
 SEALED_S: Final = 1
 """The same, while the key service is sealed."""
-
-UNREADABLE_MAX: Final = 1000
-"""Records that could not be read, and are counted."""
 CLOCK_S: Final = 10
 """Between two looks at the clock."""
 CLOCK_JUMP_S: Final = 60
@@ -122,8 +119,6 @@ class Conversations:
         self._epoch_lock = asyncio.Lock()
         self._accepts_restore = False
         """Whether the first state that is judged may be an older one: the key service was sealed at the start."""
-        self.unreadable: dict[str, None] = {}
-        """What was said of records that could not be read, UNREADABLE_MAX at most."""
         self._provider = provider
         self._offset_ns = 0
         self._background: list[asyncio.Task[None]] = []
@@ -139,8 +134,8 @@ class Conversations:
                 lambda: self.backups.newest_ns / 1_000_000_000,
             ),
             "progressdb_store_unreadable_records": (
-                "Records that could not be read since the start, without those whose key was destroyed.",
-                lambda: len(self.unreadable),
+                "Records that could not be read at their last reading, without those whose key was destroyed.",
+                lambda: len(self.sealer.unreadable),
             ),
             "progressdb_store_damaged_files": (
                 "Files of the store in which damage was met since the start.",
@@ -315,10 +310,6 @@ class Conversations:
             except Exception as error:  # noqa: BLE001 - whatever ends one look, the next one is made
                 _log.error("kms_epoch_unknown", reason=type(error).__qualname__)
                 self.sealer.halted = "the age of the key service's state could not be judged"
-
-    def note_unreadable(self, record: str) -> None:
-        if len(self.unreadable) < UNREADABLE_MAX:
-            self.unreadable[record] = None
 
     async def check_writes(self) -> None:
         """Returns if a write would be taken now; it writes nothing that lasts. A key service that was sealed is asked

@@ -71,6 +71,10 @@ LATE_TRIES_MAX: Final = 64
 AHEAD_NS_MAX: Final = 1_000_000_000
 """How far the stamp of a write that came too late may be ahead of the clock at its next try."""
 
+UNREADABLE_MAX: Final = 1000
+"""Records that could not be read, and are counted."""
+_NO_DAMAGE: Final = frozenset({api.CODE_KEY_DESTROYED, api.CODE_FORBIDDEN})
+
 RETRY_AFTER_S: Final = 2
 """How long a client should wait before a retry while the key service is away."""
 
@@ -142,6 +146,8 @@ class Sealer:
         self._renewals: dict[str, asyncio.Task[None]] = {}
         self._switching: Counter[str] = Counter()
         """Threads whose key a rotation is switching."""
+        self.unreadable: dict[bytes, str] = {}
+        """The records that could not be read since they were read last, with a sentence; UNREADABLE_MAX at most."""
         self.halted: str | None = None
         """Why nothing may be sealed, None if it may (see store/epoch.py)."""
         self.seen_sealed = asyncio.Event()
@@ -410,7 +416,24 @@ class Sealer:
             raise self._failure(error) from error
         if len(answers) != len(records):
             raise StoreUnavailableError("the key service answered wrongly")
+        refused = False
         for answer in answers:
-            if isinstance(answer, KmsRefusedError) and fault(answer) is Fault.SERVICE:
-                raise self._failure(answer) from answer
+            if isinstance(answer, KmsRefusedError):
+                refused = True
+                if fault(answer) is Fault.SERVICE:
+                    raise self._failure(answer) from answer
+        if refused or self.unreadable:
+            self._note_read(records, answers)
         return answers
+
+    def _note_read(self, records: Sequence[DecryptItem], answers: Sequence[bytes | KmsRefusedError]) -> None:
+        for item, answer in zip(records, answers, strict=True):
+            if not isinstance(answer, KmsRefusedError):
+                self.unreadable.pop(item.aad, None)
+            elif answer.code not in _NO_DAMAGE:
+                self.note_unreadable(f"the record {item.aad.decode()} does not open ({answer.code})", item.aad)
+
+    def note_unreadable(self, sentence: str, record: bytes = b"") -> None:
+        """`record`: its storage key; without it the sentence stays until the server ends."""
+        if len(self.unreadable) < UNREADABLE_MAX and sentence not in self.unreadable.values():
+            self.unreadable[record or sentence.encode()] = sentence

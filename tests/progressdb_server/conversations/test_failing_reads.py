@@ -11,6 +11,7 @@ from tests.progressdb_server.jobs.rotating import register
 from tests.progressdb_server.store.faulty_reads import faulty
 from tests.progressdb_server.store.memory_engine import MemoryEngine
 from tests.progressdb_server.store.opened_store import fill, keys_of, messages_of, opened, threads_of, versions_of
+from tests.progressdb_server.store.sealing_provider import SealingProvider
 
 RETRIED = Idempotency("scope", "key")
 
@@ -86,3 +87,19 @@ async def test_no_operation_takes_a_read_that_failed_for_the_end() -> None:
                     pytest.fail(f"operation {number}, read {read}: {await counted(operation, read)}")
             assert await counted(operation, 0) == expected
             assert reads.count, operation
+
+
+async def test_a_list_notes_what_its_key_does_not_open_until_it_opens() -> None:
+    provider = SealingProvider()
+    async with opened(provider=provider) as store:
+        await fill(store, 2)
+        kept = dict(provider.keys)
+        provider.keys.clear()
+        assert {message.error for message in await messages_of(store, "t")} == {"key_not_found"}
+        assert [sentence.endswith("(key_not_found)") for sentence in store.sealer.unreadable.values()] == [True, True]
+        provider.keys |= kept
+        await messages_of(store, "t")
+        assert store.sealer.unreadable == {}
+        provider.destroyed |= kept.keys()
+        assert {message.error for message in await messages_of(store, "t")} == {"key_destroyed"}
+        assert store.sealer.unreadable == {}

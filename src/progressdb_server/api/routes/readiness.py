@@ -156,8 +156,9 @@ class Readiness:
     def damage(self) -> str:
         """What is damaged; some threads can't be read then, and the others are served. Empty if nothing is."""
         damage = [f"the store is damaged: {', '.join(files)}"] if (files := sorted(self._store.engine.damaged)) else []
-        if records := self._store.unreadable:
-            damage.append(f"{len(records):,} damaged or unreadable records were met, such as: {next(iter(records))}")
+        if records := self._store.sealer.unreadable:
+            one = next(iter(records.values()))
+            damage.append(f"{len(records):,} damaged or unreadable records were met, such as: {one}")
         return "; ".join(damage)
 
     # --- handlers -------------------------------------------------------------------------------------------------
