@@ -171,7 +171,7 @@ class Look:
                 yield state("destruction_waiting", job=job.id, reason=job.destroy_waits_for)
         if table.damaged:
             yield state("job_rows_damaged", count=f"{table.damaged:,}")
-        for reason in self._jobs.overdue.values():
+        for reason in filter(None, self._jobs.overdue.values()):
             yield state("due_work_failing", reason=reason)
 
 

@@ -102,7 +102,9 @@ async def test_no_job_that_stands_still_is_left_out_unsaid(
         assert await of_jobs_now() == ["job_failed", "job_paused"]
         await jobs.table.add(Job(store.rekeying.new_job_id(9), "t", 1, int(time.time() * 1e9), state="paused"))
         assert await of_jobs_now() == ["jobs_unseen", "job_paused", "job_paused"]
-        jobs.overdue["KeyRotation"] = "the key service is away"
+        jobs.overdue["KeyRotation"] = ""
+        assert "due_work_failing" not in [one.name for one in await look.conditions()]
+        jobs.overdue["KeyRotation"] = "one record is damaged"
         assert "due_work_failing" in [one.name for one in await look.conditions()]
 
 

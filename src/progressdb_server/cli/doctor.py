@@ -48,7 +48,7 @@ def doctor(
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
     answer.
     """
-    config = flags.load_for_store()
+    config = flags.load_for_store() if url is None else flags.load(with_data=False).config
     page: dict[str, Any] = {}
     if config.store.url:
         page["database"] = _examined(config.store, progress=not json)

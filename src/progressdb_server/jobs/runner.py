@@ -326,7 +326,8 @@ class Runner:
         self.table = JobTable(store, now_ns)
         self._beginning = asyncio.Lock()
         self.overdue: dict[str, str] = {}
-        """Kind of work → why what was due could not be begun the last time."""
+        """Kind of work → why what was due could not be begun the last time; empty while the store or the key service
+        was away, which other conditions say."""
         self._threads: dict[str, str] = {}
         """Thread → id of the job that has it, or OTHER_WORK."""
         self._workers = JobWorkers(store, self.table, self._threads, self._kind, Throttle(rate), stop)
@@ -373,10 +374,9 @@ class Runner:
 
     def _kind(self, job: Job) -> Kind:
         """The kind of the job. Raises JobConflictError for a job of another version of the server."""
-        for kind in self.kinds:
-            if kind.name == job.kind:
-                return kind
-        raise JobConflictError(f"this version of the server has no jobs of kind {job.kind}")
+        if (kind := next((one for one in self.kinds if one.name == job.kind), None)) is None:
+            raise JobConflictError(f"this version of the server has no jobs of kind {job.kind}")
+        return kind
 
     # --- beside other servers ---------------------------------------------------------------------------------------
     async def _adopt(self) -> None:
@@ -591,7 +591,8 @@ class Runner:
                 await kind.begin()
                 self.overdue.pop(name, None)
             except (StoreError, KmsError, JobError) as error:
-                self.overdue[name] = str(error)
+                away = isinstance(error, KmsError) and fault(error) is Fault.SERVICE
+                self.overdue[name] = "" if away or isinstance(error, StoreUnavailableError) else str(error)
                 _log.warning("jobs_tick_failed", kind=name, reason=str(error))
             except Exception as error:  # noqa: BLE001  a defect must not stop the rotation of worn keys; logged without its text
                 self.overdue[name] = "internal error"

@@ -96,12 +96,14 @@ def test_config_check_warns_of_a_certificate_that_clients_refuse(
 
 
 # --- status -------------------------------------------------------------------------------------------------------
-def test_status_of_an_address_needs_no_data_directory(tmp_path: Path) -> None:
+def test_status_and_doctor_of_an_address_need_no_data_directory(tmp_path: Path) -> None:
     with real_server(tmp_path) as server:
-        words = ("status", "--url", f"http://127.0.0.1:{server.port}")
-        done = progressdb(*words, PROGRESSDB_API_ADMIN_KEYS=ADMIN)
+        at = ("--url", f"http://127.0.0.1:{server.port}")
+        done = progressdb("status", *at, PROGRESSDB_API_ADMIN_KEYS=ADMIN)
         assert done.returncode == 0, done.stderr
         assert "server       ok" in done.stdout and "key service  not asked: give --db" in done.stdout
+        done = progressdb("doctor", *at, PROGRESSDB_API_ADMIN_KEYS=ADMIN)
+        assert (done.returncode, "nothing is wrong" in done.stdout) == (0, True), done
 
 
 def test_status_finds_the_directory_of_the_readme(

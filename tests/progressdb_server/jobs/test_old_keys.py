@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from minikms import api
-from minikms.api.errors import refusal
+from minikms.api.errors import SealedError, refusal
 from progressdb_server.config import RotationSection
 from progressdb_server.jobs.rotation import Due
 from progressdb_server.jobs.service import Jobs
@@ -223,6 +223,24 @@ async def test_a_defect_in_what_is_done_by_itself_does_not_end_it(monkeypatch: p
         async with asyncio.timeout(60):
             while jobs.overdue:
                 await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("away", [SealedError("sealed"), StoreUnavailableError("the disk is full")], ids=repr)
+async def test_work_that_waits_for_the_store_or_the_key_service_is_no_fault(
+    away: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place()
+    begin_at_once(monkeypatch)
+    async with place.opened() as (_, jobs):
+
+        async def waits() -> None:
+            raise away
+
+        monkeypatch.setattr(jobs.destruction, "begin", waits)
+        async with asyncio.timeout(60):
+            while not jobs.overdue:
+                await asyncio.sleep(0.01)
+        assert jobs.overdue == {"KeyDestruction": ""}
 
 
 async def test_a_job_that_was_restored_after_it_was_found_due_keeps_its_key() -> None:
