@@ -69,7 +69,7 @@ def test_a_backup_command_passes_the_key_to_the_key_service_s_command(tmp_path: 
     environment = {**os.environ, "PROGRESSDB_MINIKMS_MASTER_KEY": KEY}
     for words in (
         ["create", "one", "--db", str(server.db)],
-        ["verify", "--backup", str(server.db / "backups" / "one")],
+        ["verify", "--backup", "one", "--db", str(server.db)],
     ):
         ended = forked.run("progressdb_server", "backup", *words, env=environment)
         assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -37,7 +37,6 @@ from progressdb_server.cli.flags import (
     MasterKeyFd,
     MasterKeyFile,
     StoreFlags,
-    existing_directory,
 )
 from progressdb_server.config import Config
 from progressdb_server.jobs.table import parse
@@ -51,7 +50,7 @@ KMS_ARCHIVE: Final = "minikms.backup"
 CREATE_S_MAX: Final = 3600.0
 T = TypeVar("T")
 
-BackupDirectory = Annotated[Path, Parameter(name="--backup", help="The backup's directory.")]
+BackupDirectory = Annotated[Path, Parameter(name="--backup", help="Its directory, or its name in <db>/backups.")]
 
 IN_A_DATABASE: Final = (
     "the store is in a database: run progressdb backup register LABEL, back the database up with pg_basebackup or "
@@ -82,9 +81,9 @@ def create(
     For example:
         progressdb backup create monday --db data
     """
-    if flags.load_for_store().store.url:
+    config = flags.load_for_store({"kms.master_key_file": master_key_file})
+    if config.store.url:
         raise CommandError(IN_A_DATABASE)
-    config = flags.load_with_key(master_key_file)
     if NAME.fullmatch(name) is None:
         raise CommandError(INVALID_NAME)
     path = config.backups_dir / name
@@ -218,8 +217,8 @@ def verify(
 
     A record whose key was destroyed is no damage. Exit status: 0 good, 1 damaged, 2 it does not exist.
     """
-    path = existing_directory(backup_path)
-    config = StoreFlags(flags.db or ".", flags.config).load_with_key(master_key_file)
+    config = flags.load({"kms.master_key_file": master_key_file}, with_data=False).config
+    path = _directory(backup_path, config)
     manifest = backup.verify(str(path))
     findings, counts, opened = _records(config, str(path / backup.STORE))
     records = counts.get("threads", 0) + counts.get("messages", 0)
@@ -275,10 +274,10 @@ def restore(
     master_key_fd: MasterKeyFd = None,
 ) -> int:
     """Restore into the directories of the configuration, which must be empty. Nothing is overwritten."""
-    path = existing_directory(backup_path)
-    if flags.load_for_store().store.url:
+    if flags.load(with_data=False).config.store.url:
         raise CommandError(OF_A_DATABASE)
-    config = flags.load_with_key(master_key_file)
+    config = flags.load({"kms.master_key_file": master_key_file}).config
+    path = _directory(backup_path, config)
     backup.verify(str(path))
     if os.path.isdir(config.store_dir) and os.listdir(config.store_dir):
         raise CommandError(f"{config.store_dir} is not empty: move its files away first", EXIT_FAILED)
@@ -298,6 +297,14 @@ def restore(
     )
     print_result(page, lines, json=json)
     return 0
+
+
+def _directory(backup_path: Path, config: Config) -> Path:
+    """The directory of a backup that a path or a name gives. Raises CommandError unless it is there."""
+    path = backup_path if backup_path.is_dir() else config.backups_dir / backup_path
+    if not path.is_dir():
+        raise CommandError(f"there is no directory {path}")
+    return path
 
 
 def _with_register(config: Config, use: Callable[[Backups], Awaitable[T]]) -> T:

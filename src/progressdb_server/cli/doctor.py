@@ -48,7 +48,7 @@ def doctor(
     which does not have the newer threads. Exit status: 0 nothing is wrong now, 1 something is, 2 the server does not
     answer.
     """
-    config = flags.load_for_store() if url is None else flags.load(with_data=False).config
+    config = flags.load_for_server(url)
     page: dict[str, Any] = {}
     if config.store.url:
         page["database"] = _examined(config.store, progress=not json)
@@ -80,14 +80,13 @@ def _listed(client: AdminClient, path: str) -> Iterator[dict[str, str]]:
 
 def _examined(store: StoreSection, *, progress: bool) -> dict[str, Any]:
     """The page of the database, printed at once: the server may not answer."""
-    page: dict[str, Any] = {}
     try:
         tables = places.module_of(store.url, "tables")
-        page = msgspec.to_builtins(asyncio.run(tables.examine(store.url, single_node=store.single_node)))
+        page = dict(msgspec.to_builtins(asyncio.run(tables.examine(store.url, single_node=store.single_node))))
     except StoreUnavailableError as error:
-        page["problems"] = [error.explained]
+        page = {"problems": [error.explained]}
     except FormatError as error:
-        page["problems"] = [str(error)]
+        page = {"problems": [str(error)]}
     if progress and "schema" in page:
         standbys = f"synchronous standbys {page['standbys']}" if page["standbys"] else "no synchronous standby"
         if page["standbys"]:

@@ -7,15 +7,16 @@ Owns: the text of each shared flag. A command raises `minikms.commands.usage.Com
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 from cyclopts import Parameter
 
 from minikms.commands import usage
-from minikms.commands.usage import CommandError, PathText
+from minikms.commands.usage import PathText
 
 if TYPE_CHECKING:
     from progressdb_server.config import Config, LoadedConfig
@@ -47,6 +48,12 @@ MasterKeyFd = Annotated[int | None, Parameter(parse=False)]
 """Not a flag: the descriptor of a root key that was in the environment. `command.run` passes it."""
 
 
+_OWN_DIRECTORY: Final = "data"
+"""The data directory of the README's server, in the working directory."""
+_PACKAGE_DIRECTORY: Final = "/var/lib/progressdb/db"
+"""The data directory of the units of `deploy/systemd`. Only root can make /var/lib/progressdb."""
+
+
 @Parameter(name="*")
 @dataclass(frozen=True)
 class StoreFlags:
@@ -63,15 +70,24 @@ class StoreFlags:
         flags = {"storage.db_path": self.db, "config": self.config, **(settings or {})}
         return load(flags, os.environ, with_data=with_data)
 
-    def load_with_key(self, master_key_file: str | None) -> Config:
-        """The configuration for a command that also needs the key service. Raises ConfigError."""
-        return self.load({"kms.master_key_file": master_key_file}).config
+    def load_for_store(self, settings: Mapping[str, object] | None = None) -> Config:
+        """The configuration for a command about a store that exists. What only a server needs may be missing beside the
+        URL of a database. Without a store it is that of the README's server or of the package: then it says so.
+        Raises ConfigError."""
+        config = self.load(settings, with_data=False).config
+        if config.store.url or config.storage.db_path:
+            return config
+        place, socket = _OWN_DIRECTORY, config.kms.socket
+        if not usage.is_own(place, stat.S_ISDIR):
+            place, socket = _PACKAGE_DIRECTORY, socket or ("" if config.kms.url else usage.PACKAGE_SOCKET)
+            if not os.path.lexists(place):
+                return self.load(settings).config  # raises
+        usage.say_chosen("--db", place)
+        return self.load({**(settings or {}), "storage.db_path": place, "kms.socket": socket}).config
 
-    def load_for_store(self) -> Config:
-        """The configuration for a command that opens the store itself. What only a server needs may be missing beside
-        the URL of a database. Raises ConfigError."""
-        config = self.load(with_data=False).config
-        return config if config.store.url else self.load().config
+    def load_for_server(self, url: str | None) -> Config:
+        """The configuration for a command that asks the running server, which a `url` names. Raises ConfigError."""
+        return self.load_for_store() if url is None else self.load(with_data=False).config
 
 
 @Parameter(name="*")
@@ -88,10 +104,3 @@ class ServerFlags:
         """The configuration, with the errors of `StoreFlags.load`."""
         settings = {"addr": self.addr, "kms.master_key_file": self.master_key_file, "server.dev": self.dev}
         return self.store.load({**settings, "logging.format": log_format})
-
-
-def existing_directory(path: Path) -> Path:
-    """The path. Raises CommandError unless it is a directory."""
-    if not path.is_dir():
-        raise CommandError(f"there is no directory {path}")
-    return path

@@ -6,7 +6,6 @@ takes writes, it reaches its key service, and the key service reports no fault.
 
 from __future__ import annotations
 
-import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from minikms.api import Condition
 from minikms.api.errors import KmsError
 from minikms.client import Client
 from minikms.commands.output import condition_lines, counted, print_result
-from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_serving, found_socket, is_own, say_chosen
+from minikms.commands.usage import INTERVAL_SECONDS, Interval, Watch, found_serving, found_socket
 from minikms.conditions import FAILING, reported
 from progressdb_server.cli.admin_client import AdminClient, AdminError, UnreachableError
 from progressdb_server.cli.flags import ConfiguredUrl, Json, StoreFlags
@@ -31,8 +30,6 @@ KMS_TIMEOUT_S: Final = 3.0
 """A key service that hangs must not make this command hang."""
 
 
-_OWN_DIRECTORY: Final = "data"
-"""The data directory of the README's server."""
 _NOT_WORKING: Final = {"writes": "it takes no writes", "key_service": "its key service does not work"}
 
 
@@ -46,16 +43,12 @@ def status(
 ) -> int:
     """Show the server and its key service on one page. The configuration must be the one of the server.
 
-    Without a configuration the server's directory is `data`, if that is there, and the key service is looked for where
-    `minikms` does.
+    Without a configuration the server's directory is `data` if that is there, else that of the package. With --url the
+    key service is looked for where `minikms` does.
 
     Exit status: 0 both work, 1 one cannot do its work, 2 the server does not answer.
     """
-    config = flags.load(with_data=False).config
-    if url is None and not config.storage.db_path and not config.store.url and is_own(_OWN_DIRECTORY, stat.S_ISDIR):
-        flags = StoreFlags(_OWN_DIRECTORY, flags.config)
-        say_chosen("--db", _OWN_DIRECTORY)
-    config = flags.load(with_data=url is None).config
+    config = flags.load_for_server(url)
     if not _knows_key_service(config) and (found := found_socket(None)):
         config = replace(config, kms=replace(config.kms, socket=found))
     while True:
@@ -102,11 +95,7 @@ def _knows_key_service(config: Config) -> bool:
 def _ask_readiness(client: AdminClient, section: dict[str, Any]) -> int:
     """Fill in what the server can't do now. Returns the exit status that it gives. Raises AdminError."""
     answer = client.call("GET", "/admin/readiness")
-    named: dict[str, list[str]] = {}
-    for key, name in _NOT_WORKING.items():
-        if answer[key]:
-            named.setdefault(answer[key], []).append(name)
-    wrong = [f"{' and '.join(names)}: {reason}" for reason, names in named.items()]
+    wrong = [f"{what}: {answer[member]}" for member, what in _NOT_WORKING.items() if answer[member]]
     section["conditions"] = answer.get("conditions", [])
     if answer["notices"]:
         section["notices"] = answer["notices"]
@@ -153,10 +142,9 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     place = kms.get("serving") or kms.get("url") or kms.get("socket")
     yield f"key service  {kms['status']}" + (f": {place}" if place else "")
     if "epoch" in kms:
-        by_state = kms["keys"]["by_state"].items() if "keys" in kms else ()  # a gateway does not tell
-        counts = ", ".join(f"{count:,} {state}" for state, count in by_state) or (
-            "none" if "keys" in kms else "not shown"
-        )
+        counts = "not shown"  # a gateway does not tell
+        if "keys" in kms:
+            counts = ", ".join(f"{count:,} {state}" for state, count in kms["keys"]["by_state"].items()) or "none"
         yield f"  keys       {counts}; epoch {kms['epoch']}, keyring {kms['keyring_id']}"
     if "error" in kms:
         yield f"  error      {kms['error']}"

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from minikms.commands.usage import CommandError
-from progressdb_server.cli import backup
+from minikms.commands.usage import PACKAGE_SOCKET, CommandError
+from progressdb_server.cli import backup, flags
 from progressdb_server.cli.admin_client import AdminClient
-from progressdb_server.cli.flags import StoreFlags
 from progressdb_server.cli.status import status
 from progressdb_server.config import Config, ConfigMissingError
 from progressdb_server.store.model import StoreLockedError
@@ -106,14 +105,19 @@ def test_status_and_doctor_of_an_address_need_no_data_directory(tmp_path: Path) 
         assert (done.returncode, "nothing is wrong" in done.stdout) == (0, True), done
 
 
-def test_status_finds_the_directory_of_the_readme(
+def test_a_command_finds_the_store_of_the_readme_or_of_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(flags, "_PACKAGE_DIRECTORY", package := str(tmp_path / "package"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["progressdb", "status"])
     monkeypatch.setenv("PROGRESSDB_ADDR", f"127.0.0.1:{free_port()}")
     with pytest.raises(ConfigMissingError):
         status()
+    (tmp_path / "package").mkdir()
+    config = flags.StoreFlags().load_for_store()
+    assert (config.storage.db_path, config.kms_socket) == (package, PACKAGE_SOCKET)
+    assert capsys.readouterr().err == f"progressdb: --db is not given: {package} is used\n"
     (tmp_path / "data").mkdir(mode=0o700)
     assert status() == 2  # no server runs
     assert capsys.readouterr().err.startswith("progressdb: --db is not given: data is used\n")
@@ -135,7 +139,7 @@ def test_a_backup_that_another_server_made_is_not_reported_as_made(
     monkeypatch.setattr("progressdb_server.store.backup.open_register", locked)
     monkeypatch.setattr(AdminClient, "call", lambda *_, **__: {})
     with pytest.raises(CommandError, match="has backed up another store: it made no"):
-        backup.create("monday", store_only=True, url="http://127.0.0.1:1", flags=StoreFlags(str(tmp_path)))
+        backup.create("monday", store_only=True, url="http://127.0.0.1:1", flags=flags.StoreFlags(str(tmp_path)))
 
 
 def test_what_the_key_service_does_not_show_is_never_called_well(tmp_path: Path) -> None:
