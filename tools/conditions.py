@@ -10,7 +10,7 @@ from typing import Final
 
 from minikms.api import Condition
 from minikms.conditions import KEY_SERVICE
-from progressdb_server.conditions import SERVER
+from progressdb_server.conditions import DOCTOR, SERVER
 
 PROJECT: Final = Path(__file__).parents[1]
 PAGE: Final = PROJECT / "docs" / "conditions.md"
@@ -18,6 +18,7 @@ ALERTS: Final = PROJECT / "deploy" / "prometheus" / "alerts.yml"
 LISTS: Final = {
     "The key service": ("minikms_condition", KEY_SERVICE),
     "The message server": ("progressdb_condition", SERVER),
+    "What only `progressdb doctor` looks for": ("", DOCTOR),
 }
 WORDS: Final = {
     "sealed": "the key service is sealed",
@@ -39,7 +40,8 @@ UNSEEN: Final = frozenset({"sealed"})
 INTRODUCTION: Final = """# Conditions
 
 What can be wrong, by name. `minikms status` and `doctor`, `progressdb status` and `doctor`, the viewer, `/status`,
-`/admin/readiness` and the gauges of `/metrics` name the same ones. This page is written by `tools/conditions.py`.
+`/admin/readiness` and the gauges of `/metrics` name the same ones, but for the last two. This page is written by
+`tools/conditions.py`.
 
 - **failing**: requests are refused. Commands end with 1, `/readyz` answers 503.
 - **degraded**: something is lost, or soon refused: somebody has to act.

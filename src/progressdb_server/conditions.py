@@ -43,9 +43,6 @@ SERVER: Final = listed(
               "give the server's user the role `monitor`", "change-the-policy"),
     Condition("store_damaged", DEGRADED, "{reason}", "progressdb check", "the-store-is-damaged"),
     Condition("store_notice", DEGRADED, "{reason}", "progressdb doctor"),
-    Condition("keys_lost", DEGRADED, "the key service lacks the keys of {count} threads",
-              "see `One key file is damaged` and `Restore` in the runbook", "restore"),
-    Condition("keys_orphaned", DEGRADED, "no thread names {count} active keys", "progressdb doctor --repair"),
     Condition("auditor_alarm", DEGRADED, "the auditor signs nothing: {reason}", "minikms-auditor status",
               "a-witness-refuses"),
     Condition("auditor_failing", DEGRADED, "the auditor has {count} problems, first {first}", "minikms-auditor status",
@@ -83,12 +80,19 @@ SERVER: Final = listed(
               "a-certificate-has-expired"),
     Condition("settings_ignored", NOTICE, "{reason}", "correct or remove it"),
 )
+DOCTOR: Final = listed(
+    Condition("keys_lost", DEGRADED, "the key service lacks the keys of {count} threads",
+              "see `One key file is damaged` and `Restore` in the runbook", "restore"),
+    Condition("keys_orphaned", DEGRADED, "no thread names {count} active keys", "progressdb doctor --repair"),
+)
 # fmt: on
+"""Only `progressdb doctor` looks for these: it takes minutes. The server shows `store_damaged` once it reads a thread whose
+key is lost."""
 
 
 def state(name: str, **facts: object) -> Condition:
     """The condition of this name, with the facts in its sentence and in what to do."""
-    one = SERVER[name]
+    one = {**SERVER, **DOCTOR}[name]
     return replace(one, sentence=one.sentence.format(**facts), action=one.action.format(**facts))
 
 
@@ -123,7 +127,7 @@ class Look:
 
     async def conditions(self) -> list[Condition]:
         """Everything that this server and its key service know to be wrong, the worst first."""
-        store, now_s = self._store, time.time()
+        store, backups, now_s = self._store, self._store.backups, time.time()
         writes, problem = await self._probes.problems()
         status = self._probes.status
         conditions = [] if status is None else reported(status)
@@ -143,12 +147,10 @@ class Look:
             conditions.append(state("auditor_unseen"))
         conditions += of_auditor or []
         try:
-            damage = await store.backups.damage_of_newest()
+            damage = await backups.damage_of_newest()
         except StoreUnavailableError as error:
             damage = str(error)
-        conditions += of_backup(
-            store.backups.newest_ns / 1e9, now_s, damage=damage, of_server=store.engine.makes_backups
-        )
+        conditions += of_backup(backups.newest_ns / 1e9, now_s, damage=damage, of_server=store.engine.makes_backups)
         try:
             conditions += [condition async for condition in self._of_jobs(now_s)]
         except StoreUnavailableError:
