@@ -86,8 +86,8 @@ DOCTOR: Final = listed(
     Condition("keys_orphaned", DEGRADED, "no thread names {count} active keys", "progressdb doctor --repair"),
 )
 # fmt: on
-"""Only `progressdb doctor` looks for these: it takes minutes. The server shows `store_damaged` once it reads a thread whose
-key is lost."""
+"""Only `progressdb doctor` looks for these, which takes minutes. The server shows `store_damaged` once it reads a
+thread whose key is lost."""
 
 
 def state(name: str, **facts: object) -> Condition:
