@@ -48,10 +48,10 @@ KEY_SERVICE: Final = listed(
     Condition("audit_lagging", FAILING, "{reason}", "minikms-auditor status", "the-auditor-is-away"),
     Condition("storage_unavailable", FAILING, "no key can be made or changed: {reason}", "the daemon tries again",
               "the-disk-is-full"),
-    Condition("disk_full", DEGRADED, "only {free} KiB are free for the data directory, so new keys are refused or soon "
-              "will be", "free space on its file system", "the-disk-is-full"),
-    Condition("disk_low", NOTICE, "{free} MiB are free for the data directory", "make room before it is full",
-              "the-disk-is-full"),
+    Condition("disk_full", DEGRADED, "only {free} KiB are free for the data directory or the audit log, so new keys "
+              "are refused or soon will be", "free space on its file system", "the-disk-is-full"),
+    Condition("disk_low", NOTICE, "{free} MiB are free for the data directory or the audit log",
+              "make room before it is full", "the-disk-is-full"),
     Condition("keys_unreadable", DEGRADED, "{count} key files can't be read: `minikms doctor` names them",
               "restore them from a backup", "one-key-file-is-damaged"),
     Condition("journal_damaged", DEGRADED, "{count} records of the journal of key files were damaged at the start, and "
@@ -96,10 +96,10 @@ KEY_SERVICE: Final = listed(
     Condition("hardening_missing", NOTICE, "not in force: {measures}", "minikms status", "a-measure-is-not-in-force"),
     Condition("policy_not_reloaded", DEGRADED, "the policy file could not be reloaded, and the policy before it is in "
               "force: {reason}", "correct the file, then run `minikms policy reload`", "change-the-policy"),
-    Condition("limit_used_up", DEGRADED, "{count} hourly limits of the policy refuse requests now",
+    Condition("limit_used_up", DEGRADED, "hourly limits of the policy that refuse requests now: {count}",
               "find out who reads so much: `refused` lines with `limit_exceeded` in the audit log name it",
               "a-limit-is-used-up"),
-    Condition("limit_nearly_used", NOTICE, "less than a tenth of {count} hourly limits of the policy is left",
+    Condition("limit_nearly_used", NOTICE, "hourly limits of the policy of which less than a tenth is left: {count}",
               "find out who reads so much: minikms status", "a-limit-is-used-up"),
     Condition("auditor_none", NOTICE, "no auditor is attached: nobody else has the audit log",
               "minikms-auditor --help", "the-auditor-is-away"),

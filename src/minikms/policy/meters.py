@@ -242,21 +242,24 @@ class Meters:
         self._keeping: asyncio.Future[StorageUnavailableError | None] | None = None
         self._answered: list[Charge] = []
         """The charges of the requests that are answered in this turn."""
-        self._refused: dict[BucketKey, tuple[Bucket, int]] = {}
+        self._refused: dict[BucketKey, tuple[Bucket, int, int]] = {}
+        """Bucket, limit, and uses, of the last refusal of each."""
         if saved is not None:
             self._load(saved)
 
     @property
     def exhausted(self) -> int:
-        """The number of hourly limits that have refused a request and have no room for another use."""
+        """The number of hourly limits that have refused a request and have no room for it yet."""
         self._forget_refused(self._now_ns())
         return len(self._refused)
 
     @property
     def scarce(self) -> int:
-        """The number of hourly limits of which less than a tenth is left."""
-        now_ns, accounts = self._now_ns(), self._accounts.values()
-        return sum(bucket.filled_ns(now_ns) < RESERVED_NS for one in accounts for bucket in one.buckets.values())
+        """The number of hourly limits of which less than a tenth is left, and that are not exhausted."""
+        self._forget_refused(now_ns := self._now_ns())
+        refused = {bucket for bucket, *_ in self._refused.values()}
+        buckets = (bucket for one in self._accounts.values() for bucket in one.buckets.values())
+        return sum(bucket.filled_ns(now_ns) < RESERVED_NS and bucket not in refused for bucket in buckets)
 
     def forget_refusals(self) -> None:
         """After a change of the limits: those that still have no room count again at their next refusal."""
@@ -409,10 +412,8 @@ class Meters:
         for kind, bucket, limit, uses in item.hourly():
             wait_ns = bucket.wait_ns(uses, limit, now_ns)
             if wait_ns:
-                self._refused[BucketKey(*item.key, kind)] = (bucket, limit)
+                self._refused[BucketKey(*item.key, kind)] = (bucket, limit, uses)
                 raise item.exceeded(_LIMIT_NAMES[kind], -(-wait_ns // SECOND_NS))
-            if self._refused:
-                self._refused.pop(BucketKey(*item.key, kind), None)  # its limit was raised, or the bucket has filled
 
     def _items(self, scope: Scope, costs: Mapping[Grant, Cost]) -> list[_Item]:
         items: list[_Item] = []
@@ -480,8 +481,8 @@ class Meters:
                 self._unnamed -= not account.is_named
 
     def _forget_refused(self, now_ns: int) -> None:
-        for key, (bucket, limit) in list(self._refused.items()):
-            if not bucket.wait_ns(1, limit, now_ns):
+        for key, (bucket, limit, uses) in list(self._refused.items()):
+            if not bucket.wait_ns(uses, limit, now_ns):
                 del self._refused[key]
 
 

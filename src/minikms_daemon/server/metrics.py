@@ -259,7 +259,7 @@ def _add_process(page: _Page, status: Mapping[str, Any]) -> None:
     hardening = [({"measure": str(measure["measure"])}, measure["in_force"]) for measure in status["hardening"]]
     page.add("minikms_hardening", "gauge", "1 where a measure is in force.", hardening)
     page.one("minikms_memory_locked_bytes", "gauge", "Memory for raw keys.", status["memory"]["locked_bytes"])
-    page.one("minikms_disk_free_bytes", "gauge", "Free for the data directory.", status["disk_free_bytes"])
+    page.one("minikms_disk_free_bytes", "gauge", "For data and audit log, the lesser.", status["disk_free_bytes"])
     page.one("minikms_root_slots", "gauge", "Root keys that open the keyring.", len(status["root"]["slots"]))
     lease = status["root"].get("lease") or {"outcomes": {}}
     left = [(_NONE, lease["left_seconds"])] if "left_seconds" in lease else []

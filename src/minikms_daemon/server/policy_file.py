@@ -170,7 +170,7 @@ class FileInForce(PolicyInForce):
     def conditions(self) -> Iterator[Condition]:
         if self._last_error:
             yield state("policy_not_reloaded", reason=self._last_error)
-        if (count := self.meters.scarce - self.meters.exhausted) > 0:
+        if count := self.meters.scarce:
             yield state("limit_nearly_used", count=f"{count:,}")
 
     def access(

@@ -238,13 +238,13 @@ def test_a_reload_keeps_what_was_used() -> None:
 def test_the_number_of_exhausted_limits_falls_when_they_have_filled() -> None:
     machine = Machine(rules("decrypts_per_hour = 10", total="decrypts_per_hour = 1000"))
     machine.passes("uid:1", 9)
+    assert machine.meters.exhausted == 0, "nobody was refused"
     machine.refused("uid:1", 5)
-    assert machine.meters.exhausted == 0, "it has room for one"
     machine.passes("uid:1")
-    assert machine.meters.exhausted == 0, "nobody was refused since"
-    machine.refused("uid:1")
+    assert machine.meters.exhausted == 1, "it has room for one, and would refuse five again"
+    machine.now_ms += HOUR_MS // 2 - 1
     assert machine.meters.exhausted == 1
-    machine.now_ms += HOUR_MS
+    machine.now_ms += 1
     assert machine.meters.exhausted == 0
 
 
@@ -254,6 +254,8 @@ def test_a_limit_is_scarce_while_less_than_a_tenth_of_it_is_left() -> None:
     assert machine.meters.scarce == 0
     machine.passes("uid:1")
     assert machine.meters.scarce == 1
+    machine.refused("uid:1", 10)
+    assert (machine.meters.scarce, machine.meters.exhausted) == (0, 1)
     machine.now_ms += HOUR_MS // 100
     assert machine.meters.scarce == 0
 
@@ -264,10 +266,6 @@ def test_a_limit_that_was_raised_is_no_longer_exhausted() -> None:
     machine.refused("uid:1")
     assert machine.meters.exhausted == 1
     machine.policy.replace(parse_policy(rules("decrypts_per_hour = 20", total="decrypts_per_hour = 1000").encode()))
-    machine.now_ms += HOUR_MS // 20
-    machine.passes("uid:1")
-    assert machine.meters.exhausted == 0
-    machine.refused("uid:1")
     machine.meters.forget_refusals()
     assert machine.meters.exhausted == 0, "nobody was refused since"
     machine.refused("uid:1")
