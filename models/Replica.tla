@@ -78,6 +78,7 @@ TakeOver(m) ==
     /\ mode[m] = "follows" /\ head.term < TermMax
     /\ number[m] = head.number /\ ~IsLater(m)
     /\ head.member = "free" \/ Clock(m) - since[m] > WaitOf
+        \/ (head.member = m /\ head.term = term[m])   \* its daemon was started again
     /\ faults.rollback = 0 \/ Clock(m) - settled[m] > WaitOf
     /\ \A other \in Members \ ({m} \cup away) : ~IsLater(other)
     /\ Ask(m, "serve", Nothing)

