@@ -68,6 +68,16 @@ def test_a_key_opens_in_place_and_a_failure_leaves_zeroes() -> None:
     assert bytes(target) == bytes(32)
 
 
+def test_one_cipher_opens_keys_of_several_prefixes() -> None:
+    raws = [os.urandom(32) for _ in range(4)]
+    sealed = [aead.seal(KEY, bytes([n % 2]) * 12 + os.urandom(12), raw, b"a") for n, raw in enumerate(raws)]
+    target = memoryview(bytearray(32))
+    with aead.XaesCipher(KEY) as cipher:
+        for one, raw in zip(sealed, raws, strict=True):
+            cipher.open_into(one, b"a", target)
+            assert bytes(target) == raw
+
+
 @pytest.mark.parametrize("size", [0, 40, 71, 73, 104])
 def test_a_wrapped_key_of_another_length_is_refused(size: int) -> None:
     with pytest.raises(DecryptionError):

@@ -121,6 +121,7 @@ def test_the_derived_keys_of_many_runs_are_bounded_and_each_record_opens(
     for turn in range(3):
         for one, of in sealed:
             assert readers[of].open(one, b"aad") == of
+            readers[raw].check(sealed[0][0], b"aad", memoryview(bytearray(32)))
             assert sum(len(reader.derived) for reader in readers.values()) <= derived_keys_max
             assert arena.in_use <= len(readers) + derived_keys_max
         if turn:

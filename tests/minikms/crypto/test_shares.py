@@ -168,6 +168,9 @@ def test_one_share_alone_is_not_combined() -> None:
         combine({1: bytes(32)})
     with pytest.raises(ValueError, match="out of range"):
         combine({0: bytes(32), 1: bytes(32)})
+    with pytest.raises(ValueError, match="out of range"):
+        combine({1: bytes(32), shares.SHARES_COUNT_MAX + 1: bytes(32)})
+    assert combine(dict.fromkeys(range(1, shares.SHARES_COUNT_MAX + 1), bytes(32))) == bytes(32)
     with pytest.raises(InvalidRequestError):
         split(bytes(32), [], 3)
 
