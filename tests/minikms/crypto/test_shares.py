@@ -226,7 +226,8 @@ def test_the_error_says_what_is_wrong_and_quotes_nothing() -> None:
     refused("mks2" + text[4:], "begins with mks1-")
     refused(text[:20] + "é" + text[20:], "character 21 can't be in a share")
     refused(text[:20] + "u" + text[21:], "character 21 can't be in a share")
-    refused(text + " " * 200, "more than 256")
+    refused(text + " " * (257 - len(text)), "more than 256")
+    assert read(text + " " * (256 - len(text)))
     refused(text[:30] + ("0" if text[30] != "0" else "1") + text[31:], "typing mistake")
     refused("", "this text has 0")
 
