@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minikms import api
 from minikms.api.errors import ConflictError, StartError
 from minikms.crypto import roots
 from minikms.crypto.aead import NonceSource
 from minikms.datadir import KEYRING_SLOTS
 from minikms.keys import keyring, root_slots
-from minikms.keys.keyring import Body
+from minikms.keys.keyring import KEKS_OPEN_COUNT_MAX, VERSION_MAX, AuditState, Body
 from minikms.keys.tombstones import TOMBSTONES_COUNT_MAX
 from minikms.keys.unlocked import UnlockedKeyring
 from minikms.memory.arena import SecretArena, fill_random
@@ -272,8 +273,15 @@ def contradictions(unlocked: UnlockedKeyring) -> dict[str, Body]:
         "a negative number of tombstones": _with(body, tombstone_log=change(log, count=-1)),
         "too many tombstones": _with(body, tombstone_log=change(log, count=TOMBSTONES_COUNT_MAX + 1)),
         "a short head of the tombstones": _with(body, tombstone_log=change(log, head=b"x")),
+        "a member twice": _with(body, members=members("m1", "m1")),
+        "two members with the audit log of the body": _with(body, members=members("m1", "m2")),
+        "a member with another name": _with(body, members=members("x")),
         "audit keys out of order": _with(body, audit_keys=body.audit_keys * 2),
     }  # fmt: skip
+
+
+def members(*ids: str) -> tuple[keyring.Member, ...]:
+    return tuple(keyring.Member(member_id, f"host{n}", "s1", AT, 1) for n, member_id in enumerate(ids))
 
 
 def shares(threshold: int, count: int) -> keyring.ShareSet:
@@ -288,6 +296,36 @@ def test_an_inconsistent_body_is_refused(unlocked: UnlockedKeyring) -> None:
             assert "inconsistent" in str(refused), what
         else:
             pytest.fail(f"accepted: {what}")
+
+
+def test_a_body_that_has_reached_every_bound_is_accepted(unlocked: UnlockedKeyring) -> None:
+    """Else the change that reaches it would make a keyring that no start reads."""
+    change, body = msgspec.structs.replace, keyrings.rotate(unlocked, NEW_ROOT)
+    retired, active = body.keks
+    (audit_key,), slot = body.audit_keys, body.slots[0]
+    logs = AuditState(tuple(change(audit_key, version=n + 1) for n in range(keyring.AUDIT_KEYS_COUNT_MAX)), "")
+    gone = [keyring.RevokingRoot(f"s{n}", f"{n:016x}", "file", AT, VERSION_MAX) for n in range(100, 164)]
+    keyring.check(
+        _with(
+            body,
+            keks=(
+                change(retired, state="destroyed", version=1),
+                *(change(retired, version=n) for n in range(2, KEKS_OPEN_COUNT_MAX + 1)),
+                change(active, version=VERSION_MAX - 1),
+            ),
+            slots=tuple(
+                change(slot, slot_id=f"s{n}", fingerprint=f"{n:016x}", replaces="", shares=shares(max(2, n), 16))
+                for n in range(1, keyring.SLOTS_MAX + 1)
+            ),
+            revoking=tuple(gone[: keyring.RETIRED_ROOTS_MAX]),
+            audit_keys=logs.audit_keys,
+            tombstone_log=change(body.tombstone_log, count=TOMBSTONES_COUNT_MAX),
+            members=tuple(
+                keyring.Member(f"m{n}", f"host{n}", f"s{n}", AT, body.key_version, logs if n > 1 else None)
+                for n in range(1, api.MEMBERS_MAX + 1)
+            ),
+        )
+    )
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
