@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Annotated, Any, Final
 
-from cyclopts import CycloptsError, Parameter
+from cyclopts import Parameter
 
 from minikms.commands import usage
 from minikms.commands.usage import (
@@ -20,7 +20,6 @@ from minikms.commands.usage import (
     PAGES,
     CommandError,
     Shell,
-    explained,
     new_app,
     print_completion,
 )
@@ -101,24 +100,15 @@ def run(master_key_fd: int | None) -> None:
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    exit_status = _exit_status(error)
-    from progressdb_server.store.model import StoreUnavailableError
-
-    if isinstance(error, CycloptsError):
-        return explained(error, "progressdb"), exit_status
-    return error.explained if isinstance(error, StoreUnavailableError) else str(error), exit_status
-
-
-def _exit_status(error: Exception) -> int:
-    """The exit status of an error whose text is written for users. Raises any other: it is a defect."""
+    """The sentence and the exit status. Raises an error that is none of a user: it is a defect."""
     from progressdb_server.config import ConfigError
     from progressdb_server.store.epoch import RestoredError
     from progressdb_server.store.model import BackupError, FormatError, StoreUnavailableError
 
     if isinstance(error, CommandError):
-        return error.exit_status
-    if isinstance(error, (CycloptsError, ConfigError, FormatError, RestoredError, StoreUnavailableError)):
-        return EXIT_MISSING
-    if isinstance(error, BackupError):
-        return EXIT_FAILED
-    raise error
+        return str(error), error.exit_status
+    if isinstance(error, StoreUnavailableError):
+        return error.explained, EXIT_MISSING
+    if isinstance(error, (BackupError, ConfigError, FormatError, RestoredError)):
+        return str(error), EXIT_FAILED if isinstance(error, BackupError) else EXIT_MISSING
+    return usage.explained_system(error, "progressdb"), EXIT_MISSING

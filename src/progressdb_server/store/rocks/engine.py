@@ -81,6 +81,8 @@ LOG_TAIL_BYTES: Final = 64 * 1024
 LOG_HEADER_BYTES: Final = 7
 """The header of a record in the write-ahead log, before the number of its write (RocksDB's log_format.h)."""
 
+_IN_USE: Final = "{} is in use by another process"
+
 _log = Log()
 
 
@@ -121,13 +123,11 @@ def engine_options() -> Options:
 
 
 def check_exists(path: str) -> None:
-    """Checks that the directory holds a database. Raises EngineUnavailableError."""
-    if not os.path.isfile(os.path.join(path, "CURRENT")):
-        raise EngineUnavailableError(f"{path} holds no store")
-
-
-def _in_use(path: str) -> str:
-    return f"{path} is in use by another process"
+    """Checks that the directory holds a database. Raises EngineUnavailableError, or OSError if that can't be seen."""
+    try:
+        os.stat(os.path.join(path, "CURRENT"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise EngineUnavailableError(f"{path} holds no store") from None
 
 
 @contextlib.contextmanager
@@ -137,7 +137,7 @@ def exclusive(path: str) -> Iterator[None]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as RocksDB does
         except BlockingIOError:
-            raise StoreLockedError(_in_use(path)) from None
+            raise StoreLockedError(_IN_USE.format(path)) from None
         yield
 
 
@@ -281,7 +281,7 @@ class RocksEngine(RocksRead, LocalEngine):
                 db = Rdict(self.path, _to_the_damage())
         except Exception as error:
             if "LOCK:" in str(error):
-                raise StoreLockedError(_in_use(self.path)) from error
+                raise StoreLockedError(_IN_USE.format(self.path)) from error
             raise not_opened(self.path, error) from error
         if db.latest_sequence_number() < known:
             db.close()
