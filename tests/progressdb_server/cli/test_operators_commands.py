@@ -95,18 +95,6 @@ def test_config_check_warns_of_a_certificate_that_clients_refuse(
 
 
 # --- status -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    "words", [("backup", "list"), ("backup", "create", "x", "--store-only"), ("backup", "create", "x")]
-)
-def test_a_directory_that_a_user_may_not_see_is_not_called_empty(open_directory: Path, words: tuple[str, ...]) -> None:
-    needs.root()
-    needs.interpreter_for(OTHER_UID)
-    (open_directory / "db").mkdir(mode=0o700)
-    done = progressdb(*words, "--db", str(open_directory / "db"), uid=OTHER_UID)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert done.stderr.startswith(f"progressdb: Permission denied: {open_directory}/db/"), done.stderr
-
-
 def test_status_and_doctor_of_an_address_need_no_data_directory(tmp_path: Path) -> None:
     with real_server(tmp_path) as server:
         at = ("--url", f"http://127.0.0.1:{server.port}")
@@ -141,6 +129,16 @@ def test_a_variable_leads_no_configured_command_to_another_server(monkeypatch: p
 
 
 # --- backup -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("words", [("list",), ("create", "x", "--store-only"), ("create", "x")], ids=" ".join)
+def test_a_directory_that_a_user_may_not_see_is_not_called_empty(open_directory: Path, words: tuple[str, ...]) -> None:
+    needs.root()
+    needs.interpreter_for(OTHER_UID)
+    (open_directory / "db").mkdir(mode=0o700)
+    done = progressdb("backup", *words, "--db", str(open_directory / "db"), uid=OTHER_UID)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert done.stderr.startswith(f"progressdb: Permission denied: {open_directory}/db/"), done.stderr
+
+
 def test_a_backup_that_another_server_made_is_not_reported_as_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
