@@ -123,9 +123,9 @@ def found_socket(flag: str | None, *, look: bool = True) -> str | None:
     named = flag or next(filter(None, map(os.environ.get, SOCKET_VARIABLES)), None)
     if named or not look:
         return named
-    places = [path for path in OWN_SOCKETS if is_own(path, stat.S_ISSOCK)] + [PACKAGE_SOCKET] * os.path.lexists(
-        PACKAGE_SOCKET
-    )
+    places = [path for path in OWN_SOCKETS if is_own(path, stat.S_ISSOCK)]
+    if os.path.lexists(os.path.dirname(PACKAGE_SOCKET)):  # a socket that this user may not see is none that is missing
+        places.append(PACKAGE_SOCKET)
     if not places:
         return None
     say_chosen("--socket", places[0])

@@ -66,17 +66,17 @@ def test_without_flags_commands_look_where_the_units_are_and_say_so(
     """Except for `serve`, which would make what it does not find."""
     for variable in (*SOCKET_VARIABLES, console.DATA_DIR_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(tmp_path / "s"))
+    monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(tmp_path / "run" / "s"))
     monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(tmp_path / "d"))
     for choose in (console.chosen_socket, console.chosen_data_dir):
         with pytest.raises(usage.CommandError, match="name the"):
             choose(None)
-    (tmp_path / "s").touch()
+    (tmp_path / "run").mkdir()
     (tmp_path / "d").mkdir()
-    assert console.chosen_socket(None) == str(tmp_path / "s")
+    assert console.chosen_socket(None) == str(tmp_path / "run" / "s")
     assert console.chosen_data_dir(None) == str(tmp_path / "d")
     said = capsys.readouterr().err
-    assert f"{tmp_path}/s is used" in said and f"{tmp_path}/d is used" in said
+    assert f"{tmp_path}/run/s is used" in said and f"{tmp_path}/d is used" in said
     with pytest.raises(usage.CommandError, match="name the daemon's socket"):
         console.chosen_socket(None, must_exist=False)
 
@@ -87,7 +87,7 @@ def test_a_socket_of_the_working_directory_is_used_only_if_it_is_ones_own(
     """Neither a link, nor a file, nor a directory that others may write to. With --json nothing is said."""
     for variable in SOCKET_VARIABLES:
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(tmp_path / "nowhere" / "s"))
     monkeypatch.setattr(sys, "argv", ["minikms"])
     monkeypatch.chdir(tmp_path)
     directory = tmp_path / "data" / "run"
@@ -126,13 +126,13 @@ def test_doctor_without_flags_examines_what_the_units_have(
     """One flag limits it to what the flag names."""
     for variable in (*SOCKET_VARIABLES, console.DATA_DIR_VARIABLE):
         monkeypatch.delenv(variable, raising=False)
-    directory, path = tmp_path / "d", tmp_path / "s"
+    directory, path = tmp_path / "d", tmp_path / "run" / "s"
     monkeypatch.setattr(usage, "PACKAGE_SOCKET", str(path))
     monkeypatch.setattr(console, "PACKAGE_DATA_DIR", str(directory))
     with pytest.raises(usage.CommandError, match="say what to examine"):
         doctor()
     directory.mkdir(0o700)
-    path.touch()
+    path.parent.mkdir()
     assert doctor() == 1
     both = capsys.readouterr()
     assert "keyring.json is missing" in both.out and "problem: daemon" in both.out
